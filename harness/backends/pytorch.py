@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""PyTorch on a CPU, a CUDA device or Metal: dtypes, devices, settings, and what a forward pass computes in."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+DTYPES = {
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "autocast": torch.float32,
+}
+
+
+def unavailable(device: str) -> str | None:
+    """Why a torch device type cannot be used here; None when it can."""
+    if device == "cuda" and not torch.cuda.is_available():
+        return "there is no CUDA device"
+    if device == "mps" and not torch.backends.mps.is_available():
+        return "there is no Metal device (torch.backends.mps)"
+    return None
+
+
+def device_of(backend: str) -> torch.device:
+    """The torch device of a backend name such as `torch-cuda`."""
+    return torch.device(backend.partition("-")[2])
+
+
+@contextlib.contextmanager
+def numeric_settings() -> Iterator[None]:
+    """Full-precision matrix products and one thread inside; what was set before afterwards.
+
+    TF32 and reduced-precision accumulation change results, and tiny models only lose time to a second thread.
+    """
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = (
+        torch.get_float32_matmul_precision(),
+        cudnn.allow_tf32,
+        matmul.allow_bf16_reduced_precision_reduction,
+        matmul.allow_fp16_reduced_precision_reduction,
+        torch.get_num_threads(),
+    )
+    torch.set_float32_matmul_precision("highest")
+    cudnn.allow_tf32 = False
+    matmul.allow_bf16_reduced_precision_reduction = False
+    matmul.allow_fp16_reduced_precision_reduction = False
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        cudnn.allow_tf32 = before[1]
+        matmul.allow_bf16_reduced_precision_reduction = before[2]
+        matmul.allow_fp16_reduced_precision_reduction = before[3]
+        torch.set_num_threads(before[4])
+
+
+def settings() -> dict[str, str]:
+    """The settings that change numbers, for a report's header."""
+    return {
+        "float32 matmul precision": torch.get_float32_matmul_precision(),
+        "cudnn TF32": str(torch.backends.cudnn.allow_tf32),
+        "deterministic algorithms": str(torch.are_deterministic_algorithms_enabled()),
+        "threads": str(torch.get_num_threads()),
+    }
+
+
+@contextlib.contextmanager
+def autocast(backend: str, dtype: str) -> Iterator[None]:
+    """bfloat16 autocast when the dtype is `autocast`, nothing otherwise."""
+    if dtype != "autocast":
+        yield
+        return
+    with torch.autocast(device_type=device_of(backend).type, dtype=torch.bfloat16):
+        yield
+
+
+def epsilon(dtype: str) -> float:
+    """Distance from 1 to the next number of a dtype; autocast computes in bfloat16."""
+    return torch.finfo(torch.bfloat16 if dtype == "autocast" else DTYPES[dtype]).eps
+
+
+class _NarrowOperations(TorchDispatchMode):
+    """Collects the operations that make narrower floats than float64 out of float64."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and result.dtype in (torch.float32, torch.bfloat16, torch.float16):
+            sources = [value for value in args if isinstance(value, torch.Tensor)]
+            if result.numel() > 1 and any(source.dtype == torch.float64 for source in sources):
+                self.seen.append(str(func))
+        return result
+
+
+def float32_inside(run: Callable[[], Any]) -> str | None:
+    """The first operation of a float64 computation that narrows to float32 or less; None when there is none."""
+    with _NarrowOperations() as operations:
+        run()
+    return operations.seen[0] if operations.seen else None
+
+
+def parameters_are_finite(module: torch.nn.Module) -> bool:
+    """Whether every floating parameter and buffer holds only finite numbers."""
+    return all(bool(t.isfinite().all()) for t in module.state_dict().values() if t.is_floating_point())

@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Cases: what is drawn for one example of a check, small enough to be written on one line."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from harness.families import Family
+
+if TYPE_CHECKING:
+    from hypothesis.strategies import SearchStrategy
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Case:
+    """One drawn configuration, its weights and its batch, as a few numbers that replay anywhere.
+
+    fields: configuration in the original's own names. rows, tokens: the batch's shape. seed: draws weights and batch.
+    """
+
+    fields: Mapping[str, Any]
+    rows: int
+    tokens: int
+    seed: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything needed to draw the same case again, as JSON values; the configuration first."""
+        return {**self.fields, "rows": self.rows, "tokens": self.tokens, "seed": self.seed}
+
+
+def case_from_dict(values: Mapping[str, Any]) -> Case:
+    """The case that `as_dict` described."""
+    fields = {key: value for key, value in values.items() if key not in ("rows", "tokens", "seed")}
+    return Case(fields=fields, rows=values["rows"], tokens=values["tokens"], seed=values["seed"])
+
+
+def cases(family: Family) -> SearchStrategy[Case]:
+    """A strategy of cases of a family. Lengths favour the corners: one token, and exactly the maximum."""
+    from hypothesis import strategies as st
+
+    @st.composite
+    def draw_case(draw: st.DrawFn) -> Case:
+        fields = draw(family.configurations())
+        maximum = fields[family.maximum_length]
+        tokens = draw(st.one_of(st.integers(2, maximum), st.just(maximum), st.just(1)))
+        return Case(fields=fields, rows=draw(st.integers(1, 3)), tokens=tokens, seed=draw(st.integers(0, 999)))
+
+    return draw_case()

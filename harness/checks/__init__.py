@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The catalogue: every check by id, what it needs, and on which routes, backends and dtypes it is asked.
+
+A check is the function `group.name` of the module `harness.checks.<group>`: it takes a Trial and a Case, raises
+Mismatch when its property does not hold, Skip when it cannot say anything about this case, and returns its numbers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from harness.cases import Case
+    from harness.trial import Trial
+
+MAIN = "main"
+"""Stands for the port's own way of loading, see `harness.routes.main_route`."""
+
+SEMANTICS = ("float64",)
+PRECISIONS = ("float32", "bfloat16", "float16")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Check:
+    """One property, as data.
+
+    needs: features a family must have. routes, dtypes: one result for each combination. devices: asked again on every
+    accelerator of the family, not on the CPU alone. examples: cases drawn in profile `gate`.
+    """
+
+    id: str
+    needs: tuple[str, ...] = ()
+    routes: tuple[str, ...] = (MAIN,)
+    dtypes: tuple[str, ...] = SEMANTICS
+    devices: bool = False
+    examples: int = 8
+
+
+def function_of(check: Check) -> Callable[[Trial, Case], dict[str, float]]:
+    """The function behind a check's id."""
+    group, _, name = check.id.partition(".")
+    function: Callable[[Trial, Case], dict[str, float]] = getattr(
+        importlib.import_module(f"harness.checks.{group}"), name
+    )
+    return function
+
+
+def check_ids() -> list[str]:
+    """Ids of the whole catalogue, in order."""
+    return [check.id for check in CATALOGUE]
+
+
+EVERY_ROUTE = (MAIN, "direct", "pretrained", "remote_code")
+
+CATALOGUE: tuple[Check, ...] = (
+    Check(id="config.json_round_trip"),
+    Check(id="config.fields"),
+    Check(id="config.unknown_keys", examples=3),
+    Check(id="config.declared"),
+    Check(id="weights.coverage", needs=("logits",)),
+    Check(id="weights.values"),
+    Check(id="weights.tied", needs=("tied_embeddings",)),
+    Check(id="weights.tied_after_resize", needs=("tied_embeddings",), examples=5),
+    Check(id="weights.back_to_original", needs=("checkpoint",), examples=5),
+    Check(id="forward.logits", needs=("logits",), routes=EVERY_ROUTE, devices=True, examples=24),
+    Check(id="forward.blocks", needs=("taps",), devices=True, examples=12),
+    Check(id="forward.lengths", needs=("logits",), devices=True),
+    Check(id="forward.beyond_maximum", needs=("logits", "learned_positions"), examples=4),
+    Check(id="forward.small_scale", needs=("logits",), devices=True),
+    Check(id="forward.rows_independent", needs=("logits",), devices=True),
+    Check(id="forward.causal", needs=("causal",), devices=True),
+    Check(id="forward.deterministic", needs=("logits",), devices=True),
+    Check(id="forward.inputs_embeds", needs=("logits",), devices=True),
+    Check(id="forward.position_ids", needs=("learned_positions", "causal"), devices=True),
+    Check(id="masks.none_is_ones", needs=("masks",), devices=True),
+    Check(id="masks.additive", needs=("masks",), devices=True),
+    Check(id="masks.right_padding", needs=("masks",), devices=True),
+    Check(id="masks.left_padding", needs=("masks",), devices=True),
+    Check(id="masks.interior_padding", needs=("masks",), devices=True),
+    Check(id="masks.pad_content", needs=("masks",), devices=True),
+    Check(id="masks.all_masked_row", needs=("masks",), devices=True),
+    Check(id="loss.value", needs=("loss",), devices=True),
+    Check(id="loss.ignored", needs=("loss",)),
+    Check(id="loss.from_logits", needs=("loss",)),
+    Check(id="loss.pure", needs=("loss",)),
+    Check(id="training.gradients", needs=("loss",), devices=True),
+    Check(id="training.optimiser_steps", needs=("loss", "parameter_groups"), devices=True, examples=4),
+    Check(id="training.initialisation", needs=("initialisation",), examples=2),
+    Check(id="training.dropout", needs=("loss", "dropout"), examples=4),
+    Check(id="training.gradient_checkpointing", needs=("loss",), devices=True, examples=4),
+    Check(id="training.micro_batches", needs=("loss",), examples=4),
+    Check(id="training.parameter_groups", needs=("parameter_groups",), examples=3),
+    Check(id="generation.greedy", needs=("generation",), devices=True),
+    Check(id="generation.past_maximum", needs=("generation", "learned_positions"), devices=True, examples=5),
+    Check(id="generation.cache", needs=("generation",), devices=True),
+    Check(id="generation.chunked_prefill", needs=("generation",), devices=True),
+    Check(id="generation.sampled", needs=("generation",), examples=5),
+    Check(id="generation.batch", needs=("generation",), devices=True, examples=5),
+    Check(id="generation.left_padded", needs=("generation", "masks"), devices=True, examples=5),
+    Check(id="generation.beam", needs=("generation",), examples=4),
+    Check(id="generation.static_cache", needs=("generation",), devices=True, examples=4),
+    Check(id="generation.inputs_embeds", needs=("generation",), examples=3),
+    Check(id="roundtrip.pretrained", examples=6),
+    Check(id="roundtrip.sharded", examples=4),
+    Check(id="roundtrip.bin", examples=4),
+    Check(id="roundtrip.fixed_point", examples=4),
+    Check(id="roundtrip.poisoned_memory", examples=4),
+    Check(id="roundtrip.meta_device", examples=4),
+    Check(id="roundtrip.cast", dtypes=("float32", "bfloat16", "float16"), examples=4),
+    Check(id="remote_code.files", examples=2),
+    Check(id="remote_code.outputs", needs=("logits",), examples=4),
+    Check(id="remote_code.poisoned_memory", needs=("logits",), examples=2),
+    Check(id="remote_code.resaved", examples=2),
+    Check(id="remote_code.two_models", needs=("logits",), examples=2),
+    Check(id="remote_code.generation", needs=("generation",), examples=2),
+    Check(id="remote_code.cold", needs=("logits",), examples=1),
+    Check(id="precision.logits", needs=("logits",), dtypes=(*PRECISIONS, "autocast"), devices=True),
+    Check(id="precision.loss", needs=("loss",), dtypes=(*PRECISIONS, "autocast"), devices=True, examples=5),
+    Check(id="precision.masks", needs=("masks",), dtypes=PRECISIONS, devices=True, examples=5),
+    Check(id="precision.gradients", needs=("loss",), dtypes=("float32", "bfloat16"), devices=True, examples=4),
+    Check(id="precision.cache", needs=("generation",), dtypes=PRECISIONS, devices=True, examples=4),
+    Check(id="backend.attention", needs=("logits",), devices=True, examples=6),
+    Check(id="backend.attention_masked", needs=("masks",), devices=True, examples=6),
+    Check(id="backend.attention_gradients", needs=("loss",), devices=True, examples=4),
+    Check(id="backend.compiled", needs=("logits",), examples=1),
+    Check(id="api.output_type", needs=("logits",), examples=3),
+    Check(id="api.tuple_order", needs=("logits",), examples=3),
+    Check(id="api.hidden_states", needs=("taps",), examples=4),
+    Check(id="api.attentions", needs=("attentions",), examples=4),
+    Check(id="api.logits_to_keep", needs=("causal",), examples=4),
+    Check(id="api.auto_classes", examples=1),
+    Check(id="api.embeddings", needs=("logits",), examples=2),
+    Check(id="api.device_map", examples=1),
+)

@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checks across implementations of one computation: attention kernels and compiled graphs agree with the plain one."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from harness.cases import Case
+from harness.checks.loss import at_least_two_tokens, port_labels
+from harness.checks.masks import padded_batch
+from harness.checks.training import port_gradients
+from harness.errors import Mismatch, Skip
+from harness.numerics import require_close
+from harness.ports import first_line
+from harness.trial import Pair, Trial, port_logits, prepare, require_semantics, worst
+
+ATTENTION = ("sdpa",)
+"""What is compared with eager attention; flash kernels need a GPU and half precision, where SDPA picks them."""
+
+
+def attention(trial: Trial, case: Case) -> dict[str, float]:
+    """Logits with SDPA equal those with eager attention.
+
+    Would have caught: a scale that one of the two applies twice, causality that only one of them has.
+    """
+    pair = prepare(trial, case)
+    return _for_each(trial, pair, "logits", lambda: port_logits(trial, pair.port, pair.batch.tokens))
+
+
+def attention_masked(trial: Trial, case: Case) -> dict[str, float]:
+    """Logits of padded rows with SDPA equal those with eager attention, at every real position.
+
+    Would have caught: the mask that was inverted for SDPA alone, for eleven days, under a green test suite.
+    """
+    pair = prepare(trial, case)
+    numbers = []
+    for side in ("left", "right", "interior"):
+        padded = padded_batch(trial, case, pair, side)
+        mask = padded.mask.long()
+        what = f"logits of {side}-padded rows"
+        run = lambda: port_logits(trial, pair.port, padded.tokens, attention_mask=mask)[padded.mask]  # noqa: B023, E731
+        numbers.append(_for_each(trial, pair, what, run))
+    return worst(*numbers)
+
+
+def attention_gradients(trial: Trial, case: Case) -> dict[str, float]:
+    """Gradients with SDPA equal those with eager attention.
+
+    Would have caught: an eager path that detaches, or upcasts only forward.
+    """
+    pair = prepare(trial, at_least_two_tokens(case))
+    labels = port_labels(trial, pair.batch.tokens, pair.batch.targets)
+
+    def gradients() -> torch.Tensor:
+        return torch.cat([tensor.flatten() for tensor in port_gradients(trial, pair, labels).values()])
+
+    return _for_each(trial, pair, "gradients", gradients)
+
+
+def compiled(trial: Trial, case: Case) -> dict[str, float]:
+    """torch.compile takes the port as one graph, and the graph computes the same logits.
+
+    Would have caught: graph breaks on values of tensors, shapes burnt into the graph.
+    """
+    pair = prepare(trial, dataclasses.replace(case, rows=2, tokens=max(case.tokens, 2)))
+    expected = port_logits(trial, pair.port, pair.batch.tokens)
+    torch._dynamo.reset()
+    try:
+        graph: Any = torch.compile(pair.port, fullgraph=True, backend="aot_eager")
+        actual = port_logits(trial, graph, pair.batch.tokens)
+    except torch._dynamo.exc.TorchDynamoException as error:
+        raise Mismatch(f"torch.compile(fullgraph=True) fails: {first_line(error)}") from None
+    finally:
+        torch._dynamo.reset()
+    return require_semantics(trial, "compiled logits", actual, expected)
+
+
+def _for_each(trial: Trial, pair: Pair, what: str, run: Callable[[], torch.Tensor]) -> dict[str, float]:
+    model: Any = pair.port
+    if not hasattr(model, "set_attn_implementation"):
+        raise Skip("the port has one attention implementation (no set_attn_implementation)")
+    model.set_attn_implementation("eager")
+    expected = run()
+    numbers = []
+    for name in ATTENTION:
+        try:
+            model.set_attn_implementation(name)
+        except ValueError as error:
+            raise Mismatch(f"the port does not take attention '{name}': {first_line(error)}") from None
+        if trial.dtype == "float64":
+            numbers.append(require_semantics(trial, f"{what} with {name} against eager", run(), expected, run=run))
+        else:
+            numbers.append({"error": require_close(f"{what} with {name} against eager", run(), expected, bound=1e-3)})
+    return worst(*numbers)

@@ -1,0 +1,244 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checks of the forward pass: the port computes what the original computes, everywhere it can be asked."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from harness import localise
+from harness.cases import Case
+from harness.errors import Mismatch, Skip
+from harness.ports import first_line
+from harness.routes import carry, logits_by
+from harness.trial import (
+    Pair,
+    Trial,
+    copied,
+    draw,
+    original_model,
+    place,
+    port_logits,
+    prepare,
+    require_semantics,
+    run_original,
+    worst,
+)
+
+SMALL_SCALE = 1e-3
+
+
+def logits(trial: Trial, case: Case) -> dict[str, float]:
+    """Logits at all positions equal the original's, by every route the weights can take.
+
+    Would have caught: the missing 1/sqrt(d) of an existing port (off by 3.5), its tanh GELU (2e-3), a wrong epsilon.
+    """
+    original, batch = original_model(trial, case), draw(trial, case)
+    expected = run_original(trial, original, batch.tokens, batch.targets)["logits"]
+    actual = logits_by(trial, case, original, batch.tokens)
+    return require_semantics(
+        trial,
+        "logits",
+        actual,
+        expected,
+        run=lambda: logits_by(trial, case, original, batch.tokens),
+        baseline=lambda: _baseline(trial, case, batch.tokens, batch.targets),
+    )
+
+
+def blocks(trial: Trial, case: Case) -> dict[str, float]:
+    """The output of the embedding, of each block and of the last norm equal the original's, in the order data passes.
+
+    Would have caught: two faults that cancel in the logits, and names the first module where any fault appears.
+    """
+    pair = prepare(trial, case)
+    found = localise.compare_taps(trial, case, pair)
+    if not found:
+        raise Skip("the port has none of the family's taps")
+    numbers = []
+    for tap, actual, expected in found:
+        what = f"output of {tap}"
+        run = lambda: port_logits(trial, pair.port, pair.batch.tokens)  # noqa: E731
+        numbers.append(require_semantics(trial, what, actual, expected, run=run, first_divergence=tap))
+    return {**worst(*numbers), "taps": float(len(found))}
+
+
+def lengths(trial: Trial, case: Case) -> dict[str, float]:
+    """One token, and exactly the maximum number of tokens, give the original's logits.
+
+    Would have caught: position tables one row short or shifted by one, masks built for a length less one.
+    """
+    maximum = case.fields[trial.family.maximum_length]
+    pair = prepare(trial, case)
+    numbers = []
+    for tokens in (1, maximum):
+        batch = draw(trial, dataclasses.replace(case, tokens=tokens))
+        numbers.append(_same_logits(trial, case, pair, batch.tokens, batch.targets, f"logits of {tokens} tokens"))
+    return worst(*numbers)
+
+
+def beyond_maximum(trial: Trial, case: Case) -> dict[str, float]:
+    """One token more than the position table has is refused with a ValueError that names the maximum.
+
+    Would have caught: an IndexError from the table (on CUDA a device-side assertion that ends the process), and
+    positions that wrap around and give finite, wrong logits.
+    """
+    maximum = case.fields[trial.family.maximum_length]
+    port = place(trial, carry(trial, case, original_model(trial, case)))
+    tokens = draw(trial, dataclasses.replace(case, tokens=maximum + 1)).tokens
+    try:
+        port_logits(trial, port, tokens)
+    except (ValueError, AssertionError) as error:
+        if str(maximum) not in str(error):
+            raise Mismatch(
+                f"{maximum + 1} tokens are refused without naming the maximum {maximum}: {first_line(error)}"
+            ) from None
+        return {}
+    except Exception as error:  # whatever else it raises is the finding
+        kind = f"{type(error).__name__}: {first_line(error)}"
+        raise Mismatch(f"{maximum + 1} tokens end in {kind}; expected a ValueError that names the maximum") from None
+    raise Mismatch(f"{maximum + 1} tokens are accepted, the position table ends at {maximum}; expected a ValueError")
+
+
+def small_scale(trial: Trial, case: Case) -> dict[str, float]:
+    """With embeddings a thousand times smaller, where a norm's epsilon outweighs the variance, logits still agree.
+
+    Would have caught: epsilon 1e-6 for 1e-5, epsilon outside the root, an epsilon read from a field nobody set.
+    """
+    original = original_model(trial, case)
+    with torch.no_grad():
+        for module in original.modules():
+            if isinstance(module, torch.nn.Embedding):
+                module.weight.copy_((module.weight * SMALL_SCALE).float())
+    batch = draw(trial, case)
+    port = place(trial, carry(trial, case, original))
+    expected = run_original(trial, original, batch.tokens, batch.targets)["logits"]
+    actual = port_logits(trial, port, batch.tokens)
+    baseline = copied(original).to(next(port.parameters()).dtype)
+    return require_semantics(
+        trial,
+        "logits of small-scale input",
+        actual,
+        expected,
+        run=lambda: port_logits(trial, port, batch.tokens),
+        baseline=lambda: run_original(trial, baseline, batch.tokens, batch.targets)["logits"],
+    )
+
+
+def rows_independent(trial: Trial, case: Case) -> dict[str, float]:
+    """A row of a batch gets the logits it gets alone, and rows in another order get theirs in that order.
+
+    Would have caught: statistics over the batch, masks or positions of the first row used for all.
+    """
+    pair = prepare(trial, dataclasses.replace(case, rows=3))
+    tokens = pair.batch.tokens
+    together = port_logits(trial, pair.port, tokens)
+    alone = torch.cat([port_logits(trial, pair.port, tokens[row : row + 1]) for row in range(3)])
+    order = torch.tensor([2, 0, 1])
+    reordered = port_logits(trial, pair.port, tokens[order])
+    return worst(
+        require_semantics(trial, "logits of a batch against its rows alone", together, alone),
+        require_semantics(trial, "logits of a batch with its rows in another order", reordered, together[order]),
+    )
+
+
+def causal(trial: Trial, case: Case) -> dict[str, float]:
+    """A token changes its own and later logits, and none before it.
+
+    Would have caught: a bidirectional mask, a mask shifted by one, a diagonal left out.
+    """
+    tokens_count = max(case.tokens, 2) if case.fields[trial.family.maximum_length] > 1 else 0
+    if not tokens_count:
+        raise Skip("one position has no order")
+    pair = prepare(trial, dataclasses.replace(case, tokens=tokens_count))
+    tokens = pair.batch.tokens
+    before = port_logits(trial, pair.port, tokens)
+    place_changed = case.seed % tokens_count
+    changed = tokens.clone()
+    changed[:, place_changed] = (changed[:, place_changed] + 1) % case.fields[trial.family.vocabulary]
+    after = port_logits(trial, pair.port, changed)
+    numbers: dict[str, float] = {}
+    if place_changed:
+        what = f"logits before position {place_changed}, whose token changed"
+        numbers = require_semantics(trial, what, after[:, :place_changed], before[:, :place_changed])
+    same = (after[:, place_changed:] == before[:, place_changed:]).all(dim=-1)
+    if bool(same.all()):
+        raise Mismatch(f"the token at position {place_changed} changes no logits from there on")
+    return numbers
+
+
+def deterministic(trial: Trial, case: Case) -> dict[str, float]:
+    """In evaluation mode two calls give the same bits, with dropout probability above zero in the configuration.
+
+    Would have caught: dropout through the functional form without `training`, noise that is added in evaluation.
+    """
+    fields = {**case.fields, **({trial.family.dropout: 0.5} if trial.family.dropout else {})}
+    pair = prepare(trial, dataclasses.replace(case, fields=fields))
+    first, second = (port_logits(trial, pair.port, pair.batch.tokens) for _ in range(2))
+    if not torch.equal(first, second):
+        raise Mismatch("two calls in evaluation mode differ", tensors={"actual": second, "expected": first})
+    return _same_logits(trial, case, pair, pair.batch.tokens, pair.batch.targets, "logits with dropout configured")
+
+
+def inputs_embeds(trial: Trial, case: Case) -> dict[str, float]:
+    """Token embeddings given as `inputs_embeds` are the same input as the token ids.
+
+    Would have caught: positions, scaling or dropout that are applied on one of the two paths only.
+    """
+    pair = prepare(trial, case)
+    embedding = pair.port.get_input_embeddings()  # type: ignore[operator]
+    expected = port_logits(trial, pair.port, pair.batch.tokens)
+    embeds = embedding(pair.batch.tokens.to(embedding.weight.device)).detach()
+    from harness.trial import call_port, outputs_of
+
+    with torch.no_grad():
+        actual = outputs_of(trial, call_port(trial, pair.port, None, inputs_embeds=embeds))["logits"]
+    return require_semantics(trial, "logits from inputs_embeds", actual, expected)
+
+
+def position_ids(trial: Trial, case: Case) -> dict[str, float]:
+    """`position_ids` are the rows of the position table that are used, and the default counts from zero.
+
+    The oracle for shifted positions is the original with its table rolled. Would have caught: position_ids accepted
+    and ignored; positions that start at one.
+    """
+    maximum = case.fields[trial.family.maximum_length]
+    pair = prepare(trial, case)
+    tokens = pair.batch.tokens
+    shift = 1 + case.seed % max(maximum - tokens.shape[1], 1)
+    if shift + tokens.shape[1] > maximum:
+        shift = 0
+    ids = torch.arange(tokens.shape[1]).expand_as(tokens) + shift
+    rolled = copied(pair.original)
+    tables = [
+        module
+        for module in rolled.modules()
+        if isinstance(module, torch.nn.Embedding) and module.num_embeddings == maximum
+    ]
+    if len(tables) != 1 and shift:
+        raise Skip("the original's position table cannot be told from its other embeddings in this configuration")
+    if shift:
+        with torch.no_grad():
+            tables[0].weight.copy_(tables[0].weight.roll(-shift, dims=0))
+    expected = run_original(trial, rolled, tokens, pair.batch.targets)["logits"]
+    actual = port_logits(trial, pair.port, tokens, position_ids=ids)
+    bound_run = lambda: port_logits(trial, pair.port, tokens, position_ids=ids)  # noqa: E731
+    return require_semantics(trial, f"logits with position_ids from {shift}", actual, expected, run=bound_run)
+
+
+def _baseline(trial: Trial, case: Case, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return run_original(trial, original_model(trial, case, dtype=trial.dtype), tokens, targets)["logits"]
+
+
+def _same_logits(
+    trial: Trial, case: Case, pair: Pair, tokens: torch.Tensor, targets: torch.Tensor, what: str
+) -> dict[str, float]:
+    return require_semantics(
+        trial,
+        what,
+        port_logits(trial, pair.port, tokens),
+        run_original(trial, pair.original, tokens, targets)["logits"],
+        run=lambda: port_logits(trial, pair.port, tokens),
+        baseline=lambda: _baseline(trial, case, tokens, targets),
+    )

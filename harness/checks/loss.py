@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checks of the loss: its convention, its value, and that nothing else leaks into it."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from harness.cases import Case
+from harness.cases.batches import Batch
+from harness.errors import Mismatch
+from harness.trial import (
+    Pair,
+    Trial,
+    call_port,
+    original_model,
+    outputs_of,
+    prepare,
+    require_semantics,
+    run_original,
+    run_port,
+    worst,
+)
+
+
+def value(trial: Trial, case: Case) -> dict[str, float]:
+    """The loss equals the original's on the same text, each model given labels by its own convention.
+
+    Would have caught: labels shifted twice or not at all (6.58 against 6.86 on the same text), a sum for a mean.
+    """
+    case = at_least_two_tokens(case)
+    pair = prepare(trial, case)
+    return _same_loss(trial, case, pair, pair.batch, ignored=None)
+
+
+def ignored(trial: Trial, case: Case) -> dict[str, float]:
+    """Positions that carry the ignored label do not count, and the mean is over the others.
+
+    Would have caught: -1 where -100 is meant (an IndexError, or a class that does not exist), a mean over all.
+    """
+    case = at_least_two_tokens(case)
+    pair = prepare(trial, case)
+    generator = torch.Generator().manual_seed(case.seed + 3)
+    mask = torch.rand(pair.batch.tokens.shape, generator=generator) < 0.4
+    mask[:, -1] = False
+    return _same_loss(trial, case, pair, pair.batch, ignored=mask)
+
+
+def from_logits(trial: Trial, case: Case) -> dict[str, float]:
+    """In evaluation mode the loss is the cross entropy of all the logits that the same call returns.
+
+    Would have caught: a loss from other logits than the returned ones, auxiliary terms that are not declared.
+    """
+    case = at_least_two_tokens(case)
+    pair = prepare(trial, case)
+    labels = port_labels(trial, pair.batch.tokens, pair.batch.targets)
+    output = run_port(trial, pair.port, pair.batch.tokens, labels=labels)
+    logits, targets = _aligned(trial, output["logits"], labels)
+    expected = functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=trial.port.ignored_label)
+    return require_semantics(
+        trial, "loss against its own logits", _loss(output), expected, run=lambda: _loss_of(trial, pair, labels)
+    )
+
+
+def pure(trial: Trial, case: Case) -> dict[str, float]:
+    """The loss is the same bits before and after an unlabelled call, a training call, and with a second model alive.
+
+    Would have caught: auxiliary losses collected in a module-global list, a cache that survives its call.
+    """
+    case = at_least_two_tokens(case)
+    pair = prepare(trial, case)
+    labels = port_labels(trial, pair.batch.tokens, pair.batch.targets)
+    before = _loss_of(trial, pair, labels)
+    other = prepare(trial, dataclasses.replace(case, seed=case.seed + 1))
+    _loss_of(trial, other, labels)
+    run_port(trial, pair.port, pair.batch.tokens)
+    pair.port.train()
+    run_port(trial, pair.port, pair.batch.tokens, labels=labels)
+    pair.port.eval()
+    generate: Any = getattr(pair.port, "generate", None)
+    if generate is not None and "generation" in trial.family.features:
+        generate(pair.batch.tokens[:, :1].to(next(pair.port.parameters()).device), max_new_tokens=1, do_sample=False)
+    after = _loss_of(trial, pair, labels)
+    if not torch.equal(before, after):
+        raise Mismatch(f"the loss was {float(before):.9g} and is {float(after):.9g} after other calls")
+    return {}
+
+
+def at_least_two_tokens(case: Case) -> Case:
+    """The case with two tokens where it had one: a single token has nothing to predict once labels are shifted."""
+    return dataclasses.replace(case, tokens=max(case.tokens, 2))
+
+
+def port_labels(trial: Trial, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Labels of a batch by the port's convention: the tokens where the port shifts, the targets where it does not."""
+    shifts = trial.port.labels == "hf" and "causal" in trial.family.features
+    return (tokens if shifts else targets).clone()
+
+
+def original_targets(trial: Trial, labels: torch.Tensor) -> torch.Tensor:
+    """The original's targets for which its loss is over the same positions as the port's for `labels`."""
+    targets = labels.clone()
+    if trial.port.labels == "hf" and trial.family.loss.labels == "preshifted":
+        targets = torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], trial.port.ignored_label)], dim=1)
+    return targets.masked_fill(targets == trial.port.ignored_label, trial.family.loss.ignore_index)
+
+
+def _aligned(trial: Trial, logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    if logits.shape[:2] != labels.shape:
+        raise Mismatch(f"logits of shape {tuple(logits.shape)} beside a loss over labels {tuple(labels.shape)}")
+    if trial.port.labels == "hf" and "causal" in trial.family.features:
+        return logits[:, :-1], labels[:, 1:]
+    return logits, labels
+
+
+def _same_loss(trial: Trial, case: Case, pair: Pair, batch: Batch, *, ignored: torch.Tensor | None) -> dict[str, float]:
+    labels = port_labels(trial, batch.tokens, batch.targets)
+    if ignored is not None:
+        labels = labels.masked_fill(ignored, trial.port.ignored_label)
+    targets = original_targets(trial, labels)
+    return worst(
+        require_semantics(
+            trial,
+            "loss",
+            _loss_of(trial, pair, labels),
+            run_original(trial, pair.original, batch.tokens, targets)["loss"],
+            run=lambda: _loss_of(trial, pair, labels),
+            baseline=lambda: run_original(trial, original_model(trial, case, dtype=trial.dtype), batch.tokens, targets)[
+                "loss"
+            ],
+        )
+    )
+
+
+def _loss_of(trial: Trial, pair: Pair, labels: torch.Tensor) -> torch.Tensor:
+    return _loss(run_port(trial, pair.port, pair.batch.tokens, labels=labels))
+
+
+def _loss(output: dict[str, Any]) -> torch.Tensor:
+    loss = output.get("loss")
+    if not isinstance(loss, torch.Tensor):
+        raise Mismatch("forward with labels returned no loss")
+    if loss.ndim:
+        raise Mismatch(f"the loss has shape {tuple(loss.shape)}, expected a scalar")
+    return loss
+
+
+def training_loss(
+    trial: Trial, model: torch.nn.Module, tokens: torch.Tensor, labels: torch.Tensor, **options: Any
+) -> torch.Tensor:
+    """The port's loss with its graph, on the trial's device."""
+    output = call_port(trial, model, tokens, labels=labels, **options)
+    loss = output.loss if hasattr(output, "loss") else outputs_of(trial, output).get("loss")
+    return _loss({"loss": loss})

@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checks of the attention mask: padding is not there, wherever it stands and whatever it holds."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from harness.cases import Case
+from harness.cases.batches import Padded, Side, pad
+from harness.errors import Mismatch
+from harness.trial import (
+    Pair,
+    Trial,
+    original_model,
+    port_logits,
+    prepare,
+    require_semantics,
+    run_original,
+    worst,
+)
+
+
+def none_is_ones(trial: Trial, case: Case) -> dict[str, float]:
+    """No mask, ones of integers and ones of booleans are the same mask.
+
+    Would have caught: a boolean mask read as additive, an integer mask added to the scores.
+    """
+    pair = prepare(trial, case)
+    tokens = pair.batch.tokens
+    expected = port_logits(trial, pair.port, tokens)
+    ones = torch.ones_like(tokens)
+    numbers = [
+        require_semantics(
+            trial,
+            f"logits with a mask of {name} ones",
+            port_logits(trial, pair.port, tokens, attention_mask=mask),
+            expected,
+        )
+        for name, mask in (("int64", ones), ("bool", ones.bool()))
+    ]
+    return worst(*numbers)
+
+
+def additive(trial: Trial, case: Case) -> dict[str, float]:
+    """A mask with four axes that is added to the scores is used as it is: zeros where attention may go.
+
+    For a causal model the mask carries causality, as transformers has it. Would have caught: an additive mask read as
+    boolean, a mask that is inverted for one attention implementation.
+    """
+    pair = prepare(trial, case)
+    tokens = pair.batch.tokens
+    rows, count = tokens.shape
+    dtype = next(pair.port.parameters()).dtype
+    mask = torch.zeros(rows, 1, count, count, dtype=dtype)
+    if "causal" in trial.family.features:
+        mask = mask.masked_fill(torch.ones(count, count, dtype=torch.bool).triu(1), torch.finfo(dtype).min)
+    actual = port_logits(trial, pair.port, tokens, attention_mask=mask)
+    return require_semantics(trial, "logits with an additive mask", actual, port_logits(trial, pair.port, tokens))
+
+
+def right_padding(trial: Trial, case: Case) -> dict[str, float]:
+    """Rows padded on the right get the original's logits of the unpadded row.
+
+    Would have caught: a mask that is accepted and ignored, and one that is inverted.
+    """
+    return _padding(trial, case, "right")
+
+
+def left_padding(trial: Trial, case: Case) -> dict[str, float]:
+    """Rows padded on the left get the original's logits of the unpadded row, positions taken from the mask.
+
+    Would have caught: positions counted over padding (5.4 in the logits of an existing port).
+    """
+    return _padding(trial, case, "left")
+
+
+def interior_padding(trial: Trial, case: Case) -> dict[str, float]:
+    """Rows with padding between their tokens get the original's logits of the unpadded row.
+
+    Would have caught: masks reduced to a length, or to the place of the first pad.
+    """
+    return _padding(trial, case, "interior")
+
+
+def pad_content(trial: Trial, case: Case) -> dict[str, float]:
+    """Which ids stand at padded positions does not matter to real ones.
+
+    Would have caught: padding found by the pad id instead of the mask, masks scaled instead of cut off.
+    """
+    pair = prepare(trial, case)
+    numbers = []
+    for side in _SIDES:
+        padded = padded_batch(trial, case, pair, side)
+        other = torch.where(padded.mask, padded.tokens, (padded.tokens + 1) % case.fields[trial.family.vocabulary])
+        first, second = (
+            port_logits(trial, pair.port, tokens, attention_mask=padded.mask.long())[padded.mask]
+            for tokens in (padded.tokens, other)
+        )
+        numbers.append(require_semantics(trial, f"logits with other ids at {side} pads", second, first))
+    return worst(*numbers)
+
+
+def all_masked_row(trial: Trial, case: Case) -> dict[str, float]:
+    """A row that is masked as a whole stays finite and leaves the other rows alone.
+
+    Would have caught: softmax over nothing (NaN), which then poisons the loss of the whole batch.
+    """
+    pair = prepare(trial, dataclasses.replace(case, rows=2))
+    tokens = pair.batch.tokens
+    mask = torch.ones_like(tokens)
+    mask[1] = 0
+    logits = port_logits(trial, pair.port, tokens, attention_mask=mask)
+    if not bool(logits.isfinite().all()):
+        raise Mismatch("a row that is masked as a whole gives logits that are not finite")
+    alone = port_logits(trial, pair.port, tokens[:1])
+    return require_semantics(trial, "logits of a row beside one that is masked as a whole", logits[:1], alone)
+
+
+_SIDES: tuple[Side, ...] = ("right", "left", "interior")
+
+
+def padded_batch(trial: Trial, case: Case, pair: Pair, side: Side) -> Padded:
+    """The pair's batch with padding on a side, no wider than the model's maximum."""
+    maximum, vocabulary = case.fields[trial.family.maximum_length], case.fields[trial.family.vocabulary]
+    width = min(maximum, case.tokens + 1 + case.seed % 3)
+    return pad(pair.batch.tokens, side=side, seed=case.seed, vocabulary=vocabulary, width=width)
+
+
+def _padding(trial: Trial, case: Case, side: Side) -> dict[str, float]:
+    pair = prepare(trial, case)
+    padded = padded_batch(trial, case, pair, side)
+    expected = unpadded_logits(trial, pair.original, padded)
+    numbers = []
+    for mask in (padded.mask.long(), padded.mask):
+        actual = port_logits(trial, pair.port, padded.tokens, attention_mask=mask)[padded.mask]
+        numbers.append(
+            require_semantics(
+                trial,
+                f"logits of {side}-padded rows ({str(mask.dtype).removeprefix('torch.')} mask) against the rows alone",
+                actual,
+                expected,
+                run=lambda: port_logits(trial, pair.port, padded.tokens, attention_mask=padded.mask),
+                baseline=lambda: unpadded_logits(trial, original_model(trial, case, dtype=trial.dtype), padded),
+            )
+        )
+    return worst(*numbers)
+
+
+def unpadded_logits(trial: Trial, original: torch.nn.Module, padded: Padded) -> torch.Tensor:
+    """The original's logits (real tokens, vocabulary) of every row without its padding, in row order."""
+    pieces = []
+    for tokens, mask in zip(padded.tokens, padded.mask, strict=True):
+        row = tokens[mask][None]
+        pieces.append(run_original(trial, original, row, torch.zeros_like(row))["logits"][0])
+    return torch.cat(pieces)

@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checks of precision: at each dtype the port errs no more than the original does there."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from harness.backends import pytorch
+from harness.cases import Case
+from harness.checks.generation import incremental_logits
+from harness.checks.loss import at_least_two_tokens, original_targets, port_labels
+from harness.checks.masks import padded_batch, unpadded_logits
+from harness.checks.training import original_gradients, port_gradients
+from harness.errors import Mismatch
+from harness.numerics import require_calibrated
+from harness.trial import (
+    Pair,
+    Trial,
+    copied,
+    port_logits,
+    prepare,
+    run_original,
+    run_port,
+)
+
+ROWS = 8
+"""Many rows, so that the largest of many rounding errors is compared and not the luck of a few."""
+
+
+def logits(trial: Trial, case: Case) -> dict[str, float]:
+    """Logits at this dtype are at most twice as far from the float64 oracle as the original's at this dtype.
+
+    Would have caught: a norm or softmax done in half precision where the original's is not, masks that overflow.
+    """
+    pair, oracle = _pairs(trial, case)
+    tokens, targets = pair.batch.tokens, pair.batch.targets
+    actual = port_logits(trial, pair.port, tokens)
+    return _calibrated(
+        trial,
+        "logits",
+        actual,
+        _original(trial, pair, tokens, targets, "logits"),
+        run_original(trial, oracle, tokens, targets)["logits"],
+    )
+
+
+def loss(trial: Trial, case: Case) -> dict[str, float]:
+    """The loss at this dtype is at most twice as far from the float64 oracle as the original's at this dtype.
+
+    Would have caught: a cross entropy summed in half precision.
+    """
+    pair, oracle = _pairs(trial, at_least_two_tokens(case))
+    tokens = pair.batch.tokens
+    labels = port_labels(trial, tokens, pair.batch.targets)
+    targets = original_targets(trial, labels)
+    value = run_port(trial, pair.port, tokens, labels=labels).get("loss")
+    if not isinstance(value, torch.Tensor):
+        raise Mismatch("forward with labels returned no loss")
+    return _calibrated(
+        trial,
+        "loss",
+        value,
+        _original(trial, pair, tokens, targets, "loss"),
+        run_original(trial, oracle, tokens, targets)["loss"],
+    )
+
+
+def masks(trial: Trial, case: Case) -> dict[str, float]:
+    """Padded rows at this dtype are finite, and no further from the oracle than the original's unpadded rows allow.
+
+    Would have caught: a causal and a padding mask, each the lowest number of the dtype, that add up to -inf and NaN.
+    """
+    pair, oracle = _pairs(trial, case)
+    padded = padded_batch(trial, case, pair, "left")
+    mask = padded.mask.long()
+    every = port_logits(trial, pair.port, padded.tokens, attention_mask=mask)
+    if not bool(every.isfinite().all()):
+        raise Mismatch(f"left-padded rows give logits that are not finite in {trial.dtype}")
+    baseline = unpadded_logits(trial, pair.original, padded)
+    return _calibrated(
+        trial, "logits of left-padded rows", every[padded.mask], baseline, unpadded_logits(trial, oracle, padded)
+    )
+
+
+def gradients(trial: Trial, case: Case) -> dict[str, float]:
+    """All gradients together, at this dtype, are at most twice as far from the oracle's as the original's are.
+
+    Would have caught: a backward pass through a narrower dtype than the forward pass.
+    """
+    pair, oracle = _pairs(trial, at_least_two_tokens(case))
+    tokens = pair.batch.tokens
+    labels = port_labels(trial, tokens, pair.batch.targets)
+    targets = original_targets(trial, labels)
+    actual = port_gradients(trial, pair, labels)
+    baseline = original_gradients(trial, pair.original, tokens, targets)
+    expected = original_gradients(trial, oracle, tokens, targets)
+    flat = [
+        torch.cat([tensors[name(key)].double().flatten() for key in expected])
+        for tensors, name in ((actual, trial.family.port_key), (baseline, str), (expected, str))
+    ]
+    return _calibrated(trial, "gradients", *flat)
+
+
+def cache(trial: Trial, case: Case) -> dict[str, float]:
+    """Decoding with a cache at this dtype is no further from the oracle than twice the original's whole pass.
+
+    Would have caught: a cache kept in a narrower dtype than the model.
+    """
+    pair, oracle = _pairs(trial, case)
+    tokens, targets = pair.batch.tokens, pair.batch.targets
+    actual = incremental_logits(trial, pair.port, tokens, [1] * tokens.shape[1])
+    baseline = _original(trial, pair, tokens, targets, "logits")
+    return _calibrated(
+        trial, "logits with a cache", actual, baseline, run_original(trial, oracle, tokens, targets)["logits"]
+    )
+
+
+def _pairs(trial: Trial, case: Case) -> tuple[Pair, torch.nn.Module]:
+    """Port and original at the trial's dtype, and the float64 oracle with the same, rounded weights."""
+    case = dataclasses.replace(case, rows=ROWS)
+    pair = prepare(trial, case)
+    at_dtype = pair.original.to(pytorch.DTYPES[trial.dtype])
+    oracle = copied(at_dtype).double()
+    return dataclasses.replace(pair, original=at_dtype), oracle
+
+
+def _original(trial: Trial, pair: Pair, tokens: torch.Tensor, targets: torch.Tensor, name: str) -> torch.Tensor:
+    with pytorch.autocast("torch-cpu", trial.dtype):
+        return run_original(trial, pair.original, tokens, targets)[name]
+
+
+def _calibrated(
+    trial: Trial, what: str, actual: torch.Tensor, baseline: torch.Tensor, oracle: torch.Tensor
+) -> dict[str, float]:
+    if not bool(actual.isfinite().all()) and bool(baseline.isfinite().all()):
+        raise Mismatch(f"{what}: not finite in {trial.dtype}, where the original's are")
+    return require_calibrated(what, actual, baseline, oracle, epsilon=pytorch.epsilon(trial.dtype))

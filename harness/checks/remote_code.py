@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checks of remote code: a saved directory is all that another process needs, and it carries its code on."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from harness.cases import Case
+from harness.checks.generation import greedy_tokens
+from harness.errors import Mismatch
+from harness.ports import source_file
+from harness.routes.remote_code import directory, load, logits_of, request_for
+from harness.trial import Trial, draw, original_model, port_class, require_semantics, run_original, worst
+
+if TYPE_CHECKING:
+    from harness.sandbox import Answer
+
+
+def files(trial: Trial, case: Case) -> dict[str, float]:
+    """Every code file of the port is in the saved directory, byte for byte, and config.json says where to find it.
+
+    Would have caught: helpers imported absolutely, which are saved without their file and fail only at load.
+    """
+    saved = directory(trial, case, original_model(trial, case, dtype="float32"))
+    wanted = code_files(trial)
+    for file in wanted:
+        if not (saved / file.name).is_file():
+            raise Mismatch(f"{file.name} does not travel with a saved checkpoint")
+        if (saved / file.name).read_bytes() != file.read_bytes():
+            raise Mismatch(f"{file.name} in a saved checkpoint is not the repository's file")
+    import json
+
+    auto_map = json.loads((saved / "config.json").read_text()).get("auto_map") or {}
+    for name in ("AutoConfig", trial.family.port_auto_class):
+        if name not in auto_map:
+            raise Mismatch(f"auto_map of config.json has no {name}: {sorted(auto_map) or 'it is empty'}")
+    return {"files": float(len(wanted))}
+
+
+def outputs(trial: Trial, case: Case) -> dict[str, float]:
+    """A fresh process loads the directory by trust_remote_code: the port's class, the ties, the original's logits.
+
+    It has another working directory, an empty module cache, no network, and cannot read the port's repository. Would
+    have caught: imports of the training package, a class registered under somebody else's model type.
+    """
+    original, batch = original_model(trial, case), draw(trial, case)
+    expected = run_original(trial, original, batch.tokens, batch.targets)["logits"]
+    return _same(trial, _load(trial, case, original, batch.tokens), expected)
+
+
+def poisoned_memory(trial: Trial, case: Case) -> dict[str, float]:
+    """The same with fresh memory filled with NaN: nothing is left as the allocator gave it.
+
+    Would have caught: non-persistent buffers that are garbage after loading, finite and wrong without a word.
+    """
+    original, batch = original_model(trial, case), draw(trial, case)
+    expected = run_original(trial, original, batch.tokens, batch.targets)["logits"]
+    return _same(trial, _load(trial, case, original, batch.tokens, poisoned_memory=True), expected)
+
+
+def resaved(trial: Trial, case: Case) -> dict[str, float]:
+    """Saved again from a process that loaded it as remote code, the directory still carries the code and the weights.
+
+    Would have caught: code that travels once, so that a fine-tuned checkpoint cannot be loaded by anyone.
+    """
+    original, batch = original_model(trial, case), draw(trial, case)
+    again = trial.workdir / "resaved"
+    _load(trial, case, original, batch.tokens, resave=str(again))
+    for file in code_files(trial):
+        if not (again / file.name).is_file():
+            raise Mismatch(f"{file.name} does not travel when a model loaded as remote code is saved again")
+    expected = run_original(trial, original, batch.tokens, batch.targets)["logits"]
+    return _same(trial, load(trial, again, {"input_ids": batch.tokens}, tied=_tied(trial)), expected)
+
+
+def two_models(trial: Trial, case: Case) -> dict[str, float]:
+    """Two checkpoints whose code files have the same names, one with other code, do not disturb each other.
+
+    The second one's code is the port's with its logits negated. Would have caught: a class registered on import as
+    remote code, so that the second checkpoint silently runs the first one's code.
+    """
+    original, batch = original_model(trial, case), draw(trial, case)
+    trials = [dataclasses.replace(trial, workdir=_below(trial, name)) for name in ("one", "two")]
+    first, second = (directory(each, case, original) for each in trials)
+    _negate_logits(trial, second)
+    answer = trial.sandbox.run(
+        "load_two",
+        request_for(trial, directories=[str(first), str(second)], both_orders=True),
+        tensors={"input_ids": batch.tokens},
+        hidden_paths=[trial.port.root],
+    )
+    expected = run_original(trial, original, batch.tokens, batch.targets)["logits"]
+    numbers = []
+    for order in ("", "reversed."):
+        for name, sign in (("first", 1), ("second", -1)):
+            actual = sign * logits_of(answer, f"{order}{name}.output.")
+            what = f"logits of the {name} of two models in one process"
+            numbers.append(require_semantics(trial, what, actual, expected))
+    return worst(*numbers)
+
+
+def generation(trial: Trial, case: Case) -> dict[str, float]:
+    """generate() in a fresh process gives the original's greedy tokens.
+
+    Would have caught: generation settings that are not saved, code that generates only where it was written.
+    """
+    original = original_model(trial, case)
+    maximum = case.fields[trial.family.maximum_length]
+    prompt = draw(trial, case).tokens[:, : max(1, maximum - 2)]
+    count = maximum - prompt.shape[1]
+    options = {"max_new_tokens": count, "do_sample": False}
+    answer = load(trial, directory(trial, case, original), {"input_ids": prompt}, generate=options)
+    actual = next((t for name, t in answer.tensors.items() if name.startswith("generated.sequences")), None)
+    if actual is None or not torch.equal(actual, greedy_tokens(trial, original, prompt, count)):
+        raise Mismatch("greedy tokens of a fresh process are not the original's")
+    return {}
+
+
+def cold(trial: Trial, case: Case) -> dict[str, float]:
+    """The same once in a truly cold interpreter, which imports everything itself; keeps the short cut honest.
+
+    Would have caught: code that works only where transformers was imported in a certain order.
+    """
+    original, batch = original_model(trial, case), draw(trial, case)
+    expected = run_original(trial, original, batch.tokens, batch.targets)["logits"]
+    return _same(trial, _load(trial, case, original, batch.tokens, cold=True), expected)
+
+
+def code_files(trial: Trial) -> list[Path]:
+    """The files that must travel: the port's `code`, or those of its model and configuration."""
+    port = trial.port
+    if port.code:
+        return [(port.root / file).resolve() for file in port.code]
+    return sorted({source_file(spec, root=port.root) for spec in (port.model, port.config)})
+
+
+def _load(trial: Trial, case: Case, original: torch.nn.Module, tokens: torch.Tensor, **options: Any) -> Answer:
+    saved = directory(trial, case, original)
+    return load(trial, saved, {"input_ids": tokens}, tied=_tied(trial), **options)
+
+
+def _tied(trial: Trial) -> list[list[str]]:
+    return [[trial.family.port_key(key) for key in group] for group in trial.family.tied]
+
+
+def _same(trial: Trial, answer: Answer, expected: torch.Tensor) -> dict[str, float]:
+    if answer.values["class"] != port_class(trial).__name__:
+        raise Mismatch(f"a fresh process loads {answer.values['class']}, expected {port_class(trial).__name__}")
+    for group in answer.values["tied"]:
+        if not group["missing"] and not group["same_tensor"]:
+            raise Mismatch(f"{' and '.join(group['names'])} are two tensors in a fresh process; the original has one")
+    return require_semantics(trial, "logits of a fresh process", logits_of(answer), expected)
+
+
+def _below(trial: Trial, name: str) -> Path:
+    folder = trial.workdir / name
+    folder.mkdir()
+    return folder
+
+
+def _negate_logits(trial: Trial, saved: Path) -> None:
+    """Changes the code of a saved port, as another author's files of the same names would differ.
+
+    Every file changes: transformers 5.23 takes the first checkpoint's model class for any second one whose
+    configuration file is the same to the letter, which no port can help.
+    """
+    for each in saved.glob("*.py"):
+        each.write_text(each.read_text(encoding="utf-8") + "\n# Another author's.\n", encoding="utf-8")
+    file = saved / source_file(trial.port.model, root=trial.port.root).name
+    name = port_class(trial).__name__
+    file.write_text(
+        file.read_text(encoding="utf-8")
+        + f"""
+
+def _negated(forward):
+    def call(*args, **kwargs):
+        output = forward(*args, **kwargs)
+        output.logits = -output.logits
+        return output
+    return call
+
+
+{name}.forward = _negated({name}.forward)
+""",
+        encoding="utf-8",
+    )

@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checks of saving and loading: what comes back is what was saved, however it is stored and wherever it lands."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from harness.backends import pytorch
+from harness.cases import Case
+from harness.errors import Mismatch
+from harness.ports import first_line
+from harness.routes import carry
+from harness.routes.pretrained import load, save
+from harness.trial import Trial, draw, original_model, place, port_class, port_config, port_logits
+
+
+def pretrained(trial: Trial, case: Case) -> dict[str, float]:
+    """Saved and loaded, the port has the same tensors bit for bit, the same dtypes, and is in evaluation mode.
+
+    Would have caught: names changed on the way, a head left out of the file and drawn anew, a dtype taken from the
+    configuration instead of the file.
+    """
+    model = carry(trial, case, original_model(trial, case, dtype="float32"))
+    directory = trial.workdir / "saved"
+    model.save_pretrained(directory)  # type: ignore[operator]
+    loaded = load(trial, directory)
+    if loaded.training:
+        raise Mismatch("from_pretrained returns a model in training mode; it should be in evaluation mode")
+    return _same_state(loaded, model, "after save_pretrained and from_pretrained")
+
+
+def sharded(trial: Trial, case: Case) -> dict[str, float]:
+    """A model saved in many small shards comes back whole.
+
+    Would have caught: a tied tensor that is in no shard, an index that names a file that is not there.
+    """
+    original = original_model(trial, case, dtype="float32")
+    directory = save(trial, case, original, max_shard_size="2KB")
+    shards = list(directory.glob("*.safetensors"))
+    index = directory / "model.safetensors.index.json"
+    if index.exists():
+        named = set(json.loads(index.read_text())["weight_map"].values())
+        if absent := named - {shard.name for shard in shards}:
+            raise Mismatch(f"the index names {sorted(absent)[0]}, which is not there")
+    _same_state(load(trial, directory), carry(trial, case, original), "after loading from shards")
+    return {"shards": float(len(shards))}
+
+
+def bin(trial: Trial, case: Case) -> dict[str, float]:
+    """A directory with `pytorch_model.bin` instead of safetensors loads to the same tensors.
+
+    Would have caught: loading code that knows one file name only.
+    """
+    original = original_model(trial, case, dtype="float32")
+    directory = save(trial, case, original)
+    model = carry(trial, case, original)
+    for file in directory.glob("*.safetensors"):
+        file.unlink()
+    torch.save(dict(model.state_dict()), directory / "pytorch_model.bin")
+    return _same_state(load(trial, directory), model, "after loading from pytorch_model.bin")
+
+
+def fixed_point(trial: Trial, case: Case) -> dict[str, float]:
+    """Saving what was loaded writes the same files again: tensors, configuration, code.
+
+    Would have caught: a field added at every save, a tensor stored under another name the second time.
+    """
+    first = save(trial, case, original_model(trial, case, dtype="float32"))
+    second = trial.workdir / "again"
+    load(trial, first).save_pretrained(second)  # type: ignore[operator]
+    names = [{path.relative_to(folder) for path in _files(folder)} for folder in (first, second)]
+    if names[0] != names[1]:
+        raise Mismatch(f"the second save differs in which files it writes: {sorted(map(str, names[0] ^ names[1]))[0]}")
+    for name in sorted(names[0]):
+        if (first / name).read_bytes() != (second / name).read_bytes():
+            raise Mismatch(f"{name} is not the same after load and save")
+    return {"files": float(len(names[0]))}
+
+
+def poisoned_memory(trial: Trial, case: Case) -> dict[str, float]:
+    """Loaded while fresh memory is filled with NaN, the port still gives the original's logits.
+
+    Would have caught: buffers that no file holds and nobody fills again after loading: finite, wrong, and silent.
+    """
+    original, batch = original_model(trial, case), draw(trial, case)
+    expected = port_logits(trial, place(trial, carry(trial, case, original)), batch.tokens)
+    directory = save(trial, case, original.float())
+    with poison():
+        loaded = load(trial, directory)
+    for name, tensor in [*loaded.named_parameters(), *loaded.named_buffers()]:
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise Mismatch(f"{name} is memory that nobody filled after from_pretrained")
+    actual = port_logits(trial, place(trial, loaded), batch.tokens)
+    if not torch.equal(actual, expected):
+        raise Mismatch("logits differ when fresh memory is filled with NaN before loading")
+    return {}
+
+
+def meta_device(trial: Trial, case: Case) -> dict[str, float]:
+    """The port can be built without memory on the meta device, and takes its tensors there.
+
+    Would have caught: tensors made in a constructor (`.item()`, numpy), which fail or are lost on the meta device.
+    """
+    original, batch = original_model(trial, case), draw(trial, case)
+    model = carry(trial, case, original)
+    try:
+        with torch.device("meta"):
+            empty: Any = port_class(trial)(port_config(trial, case.fields))
+    except Exception as error:  # whatever a constructor does on the meta device is the finding
+        raise Mismatch(f"cannot be built on the meta device: {type(error).__name__}: {first_line(error)}") from None
+    real = [name for name, tensor in empty.named_parameters() if tensor.device.type != "meta"]
+    if real:
+        raise Mismatch(f"{real[0]} is not on the meta device though the model was built there")
+    empty.load_state_dict(model.state_dict(), assign=True, strict=True)
+    empty.tie_weights()
+    actual = port_logits(trial, place(trial, empty), batch.tokens)
+    if not torch.equal(actual, port_logits(trial, place(trial, model), batch.tokens)):
+        raise Mismatch("logits differ for a model that was built on the meta device")
+    return {}
+
+
+def cast(trial: Trial, case: Case) -> dict[str, float]:
+    """Loaded in a dtype, cast after loading, and cast after a forward pass: the same bits, and buffers keep theirs.
+
+    Would have caught: tables cached at the first forward in the wrong dtype, buffers that lose float32 in a cast.
+    """
+    original, batch = original_model(trial, case, dtype="float32"), draw(trial, case)
+    directory = save(trial, case, original)
+    dtype = pytorch.DTYPES[trial.dtype]
+    single = dataclasses.replace(trial, dtype="float32")
+    after_forward = load(trial, directory)
+    port_logits(single, place(single, after_forward), batch.tokens)
+    results = {
+        "loaded in that dtype": port_logits(trial, load(trial, directory, **_dtype_option(dtype)).eval(), batch.tokens),
+        "cast after a forward pass": port_logits(trial, place(trial, after_forward), batch.tokens),
+    }
+    expected = port_logits(trial, place(trial, load(trial, directory)), batch.tokens)
+    for how, actual in results.items():
+        if not torch.equal(actual, expected):
+            raise Mismatch(f"{trial.dtype} logits of a model {how} differ from those of one cast after loading")
+    return {}
+
+
+@contextlib.contextmanager
+def poison() -> Iterator[None]:
+    """Fills memory that torch hands out unwritten with NaN, inside."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    deterministic: Any = torch.utils.deterministic
+    fill = deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    deterministic.fill_uninitialized_memory = True
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        deterministic.fill_uninitialized_memory = fill
+
+
+def _dtype_option(dtype: torch.dtype) -> dict[str, torch.dtype]:
+    return {"dtype": dtype}
+
+
+def _same_state(actual: torch.nn.Module, expected: torch.nn.Module, when: str) -> dict[str, float]:
+    ours, theirs = actual.state_dict(), expected.state_dict()
+    if ours.keys() != theirs.keys():
+        raise Mismatch(f"{sorted(ours.keys() ^ theirs.keys())[0]} is in one model only {when}")
+    for name, tensor in theirs.items():
+        if ours[name].dtype != tensor.dtype:
+            raise Mismatch(f"{name} is {ours[name].dtype} {when}, was {tensor.dtype}")
+        if not torch.equal(ours[name], tensor):
+            raise Mismatch(f"{name} has other values {when}", tensors={"actual": ours[name], "expected": tensor})
+    return {"tensors": float(len(theirs))}
+
+
+def _files(directory: Path) -> list[Path]:
+    return [path for path in directory.rglob("*") if path.is_file()]

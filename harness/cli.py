@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The door for a shell: the `parity` command."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from harness.errors import EXIT_FAILED, EXIT_HOLDS, DescriptionError, ParityError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command. Exit codes: 0 all hold, 1 a check failed, 2 a description is wrong, 3 something is not here."""
+    options = parser().parse_args(arguments)
+    try:
+        code: int = options.run(options)
+    except ParityError as error:
+        print(f"parity: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("parity: interrupted", file=sys.stderr)
+        return 130
+    return code
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    top = argparse.ArgumentParser(
+        prog="parity", description="Tells whether the port of a model still computes what the original computes."
+    )
+    commands = top.add_subparsers(required=True, metavar="COMMAND")
+    _add_check(commands)
+    listing = commands.add_parser("list", help="families, ports, checks and backends, and whether each is here")
+    listing.add_argument("--json", action="store_true", help="print one JSON document and nothing else")
+    listing.set_defaults(run=_list)
+    repro = commands.add_parser("repro", help="replay a failure from its bundle")
+    repro.add_argument("bundle", type=Path, metavar="BUNDLE")
+    repro.add_argument("--original", metavar="SPEC", help="use this original instead, file.py:Class")
+    repro.add_argument("--model", metavar="SPEC", help="use this model class instead, file.py:Class")
+    repro.add_argument("--config", metavar="SPEC", help="use this configuration class instead, file.py:Class")
+    repro.add_argument("--json", action="store_true", help="print one JSON document and nothing else")
+    repro.set_defaults(run=_repro)
+    from harness.golden import add_golden_parser, run_golden
+
+    add_golden_parser(commands)
+    commands.choices["golden"].set_defaults(run=run_golden)
+    return top
+
+
+def _add_check(commands: Any) -> None:
+    check = commands.add_parser("check", help="check the ports that this directory describes")
+    check.add_argument("--port", action="append", default=[], metavar="NAME", help="only this port (repeatable)")
+    check.add_argument("--family", metavar="NAME", help="check a port that is not described: its family")
+    check.add_argument("--model", metavar="SPEC", help="with --family: file.py:Class or package.module:Class")
+    check.add_argument("--config", metavar="SPEC", help="with --family: its configuration class, else the model's own")
+    check.add_argument("--load", default="state_dict", metavar="HOW", help="with --family: as in [tool.parity]")
+    check.add_argument("--original", metavar="SPEC", help="gate against this original instead of the family's")
+    check.add_argument("--labels", choices=("hf", "preshifted"), default="hf", help="with --family (default hf)")
+    check.add_argument("--backend", action="append", default=[], metavar="NAME", help="only this one (repeatable)")
+    check.add_argument("--dtype", action="append", default=[], metavar="NAME", help="only this one (repeatable)")
+    check.add_argument("--checks", action="append", default=[], metavar="GLOB", help="only these (repeatable)")
+    check.add_argument("--profile", default="gate", metavar="NAME", help="gate (default), thorough or nightly")
+    check.add_argument("--seed", type=int, metavar="N", help="draw other cases than the profile's own")
+    check.add_argument("--report", type=Path, metavar="DIR", help="write reports and bundles of failures there")
+    check.add_argument("--min-checks", type=int, default=0, metavar="N", help="fail when fewer ran for a port")
+    check.add_argument("--require", action="append", default=[], metavar="BACKEND", help="exit 3 when it is not here")
+    check.add_argument("--json", action="store_true", help="print one JSON document and nothing else")
+    check.set_defaults(run=_check)
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    import dataclasses
+
+    from harness.ports import read_ports, select_ports
+    from harness.report import make_console, print_table, progress, write_reports
+    from harness.report.json_report import render
+    from harness.runner import Options, exit_code, header_of, plan, require_backends, run_ports, too_few
+
+    directory = Path.cwd()
+    options = Options(
+        backends=arguments.backend,
+        dtypes=arguments.dtype,
+        checks=arguments.checks,
+        profile=arguments.profile,
+        seed=arguments.seed,
+        report=arguments.report.resolve() if arguments.report else None,
+        min_checks=arguments.min_checks,
+        require=arguments.require,
+    )
+    require_backends(options)
+    if arguments.model or arguments.family:
+        ports = [_port_from(arguments, directory)]
+    else:
+        ports = select_ports(read_ports(directory), arguments.port, directory=directory)
+        if arguments.original:
+            ports = [dataclasses.replace(port, original=arguments.original) for port in ports]
+    total = len(plan(ports, options))
+    with progress(total, make_console(stderr=True)) as advance:
+        results = run_ports(ports, options, on_result=lambda result: advance(result.check))
+    complaints = too_few(ports, results, options)
+    header = header_of(options)
+    if options.report is not None:
+        write_reports(options.report, results, header=header)
+    if arguments.json:
+        print(render(results, header=header))
+    else:
+        print_table(results, header=header)
+    for line in complaints:
+        print(f"parity: {line}", file=sys.stderr)
+    return exit_code(results, complaints)
+
+
+def _port_from(arguments: argparse.Namespace, directory: Path) -> Any:
+    from harness.ports import Port, load_object
+
+    if not (arguments.model and arguments.family):
+        raise DescriptionError(
+            "--family and --model describe a port together; give both, or --port for a described one"
+        )
+    config = arguments.config
+    if config is None:
+        cls = getattr(load_object(arguments.model, root=directory), "config_class", None)
+        if cls is None:
+            raise DescriptionError(f"{arguments.model} names no config_class; give --config file.py:Class")
+        config = f"{cls.__module__}:{cls.__qualname__}"
+    return Port(
+        name=arguments.model.rpartition(":")[2],
+        family=arguments.family,
+        model=arguments.model,
+        config=config,
+        load=arguments.load,
+        original=arguments.original,
+        labels=arguments.labels,
+        root=directory,
+    )
+
+
+def _list(arguments: argparse.Namespace) -> int:
+    from harness.backends import BACKENDS, unavailable
+    from harness.checks import CATALOGUE
+    from harness.families import family_names
+    from harness.ports import read_ports
+
+    document: dict[str, Any] = {
+        "families": family_names(),
+        "ports": [
+            {"name": p.name, "family": p.family, "model": p.model, "load": p.load} for p in read_ports(Path.cwd())
+        ],
+        "backends": {name: unavailable(name) or "here" for name in BACKENDS},
+        "checks": [
+            {"id": check.id, "needs": list(check.needs), "dtypes": list(check.dtypes), "devices": check.devices}
+            for check in CATALOGUE
+        ],
+    }
+    if arguments.json:
+        print(json.dumps(document, indent=2))
+        return EXIT_HOLDS
+    print("families  " + ", ".join(document["families"]))
+    for port in document["ports"]:
+        print(f"port      {port['name']}: {port['model']} ({port['family']}, {port['load']})")
+    for name, state in document["backends"].items():
+        print(f"backend   {name}: {state}")
+    for entry in document["checks"]:
+        print(f"check     {entry['id']}" + (f" (needs {', '.join(entry['needs'])})" if entry["needs"] else ""))
+    return EXIT_HOLDS
+
+
+def _repro(arguments: argparse.Namespace) -> int:
+    import dataclasses
+
+    from harness.bundles import read
+    from harness.report.json_report import plain
+    from harness.runner import replay
+
+    port, case, recorded = read(arguments.bundle)
+    changed = {name: getattr(arguments, name) for name in ("original", "model", "config") if getattr(arguments, name)}
+    result = replay(dataclasses.replace(port, **changed), case, recorded)
+    if arguments.json:
+        print(json.dumps(plain(result), indent=2))
+    else:
+        print(f"recorded  {recorded['status']}: {recorded['reason']}")
+        print(f"now       {result.status}{': ' + result.reason if result.reason else ''}")
+        for name, value in result.metrics.items():
+            print(f"          {name} {value:.3g}, recorded {recorded['metrics'].get(name, 'not')}")
+    return EXIT_FAILED if result.status in ("failed", "error") else EXIT_HOLDS
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Drawing cases with Hypothesis until one fails, and shrinking that one within a time limit."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable
+
+from hypothesis import HealthCheck, Phase, Verbosity, given, settings
+from hypothesis import seed as with_seed
+from hypothesis.errors import FlakyFailure
+from hypothesis.strategies import SearchStrategy
+
+from harness.cases import Case
+from harness.errors import Mismatch
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Failure:
+    """The smallest case found to fail, its error, and how many failing cases were tried on the way."""
+
+    case: Case
+    error: Exception
+    attempts: int
+
+
+def explore(
+    attempt: Callable[[Case], None],
+    strategy: SearchStrategy[Case],
+    *,
+    examples: int,
+    seed: int | None,
+    database: bool,
+    shrink_seconds: float,
+) -> Failure | None:
+    """Calls `attempt` on drawn cases until one raises; then on smaller ones for at most `shrink_seconds`.
+
+    Gives the smallest failing case, or None. With a seed the draws are the same on every run. A case that fails once
+    and passes when it is tried again is a failure of its own: a check of one case must always say the same.
+    """
+    failures: dict[str, tuple[Case, Exception]] = {}
+    latest: list[str] = []
+    deadline: list[float] = []
+
+    def run(case: Case) -> None:
+        key = json.dumps(case.as_dict(), sort_keys=True)
+        if deadline and time.monotonic() > deadline[0]:
+            if key in failures:
+                latest.append(key)
+                raise failures[key][1]
+            return  # out of time: what is not known to fail counts as passing, which ends the shrinking
+        try:
+            attempt(case)
+        except Exception as error:
+            deadline[:] = deadline or [time.monotonic() + shrink_seconds]
+            failures[key] = (case, error)
+            latest.append(key)
+            raise
+
+    test = given(strategy)(run)
+    if seed is not None:
+        test = with_seed(seed)(test)
+    test = settings(
+        max_examples=examples,
+        database=settings.default.database if database and settings.default else None,
+        deadline=None,
+        phases=[Phase.reuse, Phase.generate, Phase.shrink] if database else [Phase.generate, Phase.shrink],
+        suppress_health_check=list(HealthCheck),
+        report_multiple_bugs=False,
+        print_blob=False,
+        verbosity=Verbosity.quiet,
+    )(test)
+    try:
+        test()
+    except FlakyFailure:
+        case, error = failures[latest[-1]]
+        flaky = Mismatch(f"the same case failed once and passed once; the failure was: {error}")
+        return Failure(case=case, error=flaky, attempts=len(latest))
+    except Exception:
+        if not latest:
+            raise
+        case, error = failures[latest[-1]]
+        return Failure(case=case, error=error, attempts=len(latest))
+    return None

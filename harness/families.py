@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the harness has to know about a family, as data; and finding the families that are installed or registered."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Callable, Mapping, Sequence
+from importlib import metadata
+from typing import TYPE_CHECKING, Any, Literal
+
+from harness.errors import DescriptionError
+
+if TYPE_CHECKING:
+    import torch
+    from hypothesis.strategies import SearchStrategy
+
+    from harness.golden import Golden
+
+Fields = Mapping[str, Any]
+"""A configuration as the original's own fields, by name."""
+
+ENTRY_POINTS = "parity.families"
+
+SHOWN = 12
+"""How many valid choices an error message lists."""
+
+_registered: dict[str, Family] = {}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LossConvention:
+    """How a model takes its labels: "hf" shifts inside the model, "preshifted" has them shifted already."""
+
+    labels: Literal["hf", "preshifted"]
+    ignore_index: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tap:
+    """A named place in both models whose output has the same meaning: paths of submodules."""
+
+    name: str
+    original: str
+    port: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Family:
+    """One model with its conventions. Everything a check needs to know that is about one family alone.
+
+    Functions must not import a framework until they are called: families are read while tests are collected.
+
+    name: the word used in descriptions and reports.
+    features: what the family has; a check whose needs are not among them is skipped. Known words: `logits`, `loss`,
+        `causal`, `masks`, `dropout`, `generation`, `checkpoint`, `initialisation`, `parameter_groups`, `taps`,
+        `tied_embeddings`, `learned_positions`, `attentions`.
+    configurations: a Hypothesis strategy of `Fields`, valid by construction, that shrinks to the plainest model.
+    original: `module:Class` of the built-in original.
+    build_original: (class, fields) -> module in evaluation mode with its default initialisation.
+    run_original: (module, inputs, targets or None) -> outputs by name; at least `logits` (batch, tokens, vocabulary),
+        and `loss` (scalar) when targets are given. Taps are read by the harness itself.
+    fields: original field -> names it is known by in ports, the likeliest first (the field's own name is always tried).
+    port_fields: constants every port's configuration gets where it declares the name.
+    port_key: (original's state-dict key) -> the port's key.
+    tied: groups of state-dict keys of the original that are one tensor.
+    maximum_length, vocabulary: names of the fields that bound positions and token ids.
+    dropout: name of the field that sets the dropout probability, where there is one.
+    loss: how the original takes its targets.
+    taps: fields -> the places to compare, in the order data passes them.
+    gains: regular expression on the original's keys -> factor on the sensitising weights of that tensor.
+    write_checkpoint: (module, fields, path, training state or None) writes the original's own file.
+    read_checkpoint: path -> state dict, as the original's own resume code would load it.
+    checkpoint_name: the file name `write_checkpoint` output goes by.
+    generate_original: (module, prompt, keyword options max_new_tokens, temperature, top_k) -> prompt + new tokens.
+    parameter_groups: (original module, weight decay) -> AdamW groups of the original.
+    golden: reproduces what a golden file stores, see `harness.golden`.
+    golden_names: further values of a golden file's `family` that this family answers for.
+    golden_bounds: tensor-name pattern -> relative bound, where the default of `harness.golden` does not hold.
+    mutants: `module:NAME` of the planted bugs that `parity selftest` proves the checks with.
+    port_auto_class: the transformers Auto class a saved port is loaded with.
+    backends: where ports of this family can run.
+    """
+
+    name: str
+    features: frozenset[str]
+    configurations: Callable[[], SearchStrategy[dict[str, Any]]]
+    original: str
+    build_original: Callable[[type, Fields], torch.nn.Module]
+    run_original: Callable[[torch.nn.Module, torch.Tensor, torch.Tensor | None], dict[str, torch.Tensor]]
+    fields: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
+    port_fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    port_key: Callable[[str], str] = str
+    tied: Sequence[Sequence[str]] = ()
+    maximum_length: str = "max_position_embeddings"
+    vocabulary: str = "vocab_size"
+    dropout: str | None = None
+    loss: LossConvention = LossConvention(labels="hf", ignore_index=-100)
+    taps: Callable[[Fields], Sequence[Tap]] | None = None
+    gains: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    write_checkpoint: Callable[..., None] | None = None
+    read_checkpoint: Callable[[str], dict[str, torch.Tensor]] | None = None
+    checkpoint_name: str = "checkpoint.pt"
+    generate_original: Callable[..., torch.Tensor] | None = None
+    parameter_groups: Callable[[torch.nn.Module, float], list[dict[str, Any]]] | None = None
+    golden: Callable[[Golden], Mapping[str, torch.Tensor]] | None = None
+    golden_names: Sequence[str] = ()
+    golden_bounds: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    mutants: str | None = None
+    port_auto_class: str = "AutoModelForCausalLM"
+    backends: Sequence[str] = ("torch-cpu", "torch-cuda", "torch-mps")
+
+
+def register_family(family: Family) -> Family:
+    """Makes a family known in this process, as a `conftest.py` does; a second one of the same name replaces it."""
+    _registered[family.name] = family
+    return family
+
+
+def family_names() -> list[str]:
+    """Names of every family that is registered or has an entry point, sorted; nothing is imported for it."""
+    return sorted({*_registered, *(entry.name for entry in metadata.entry_points(group=ENTRY_POINTS))})
+
+
+def find_family(name: str) -> Family:
+    """The family of that name. Raises DescriptionError that names the nearest one when there is none."""
+    if name in _registered:
+        return _registered[name]
+    for entry in metadata.entry_points(group=ENTRY_POINTS, name=name):
+        family = entry.load()
+        if not isinstance(family, Family):
+            raise DescriptionError(f"entry point {entry.value} of family '{name}' is not a harness.Family")
+        return family
+    raise DescriptionError(f"there is no family '{name}'{nearest(name, family_names())}")
+
+
+def nearest(word: str, known: Sequence[str]) -> str:
+    """The end of an error message: the nearest valid choice, then all of them."""
+    close = difflib.get_close_matches(word, known, n=1)
+    hint = f"; did you mean '{close[0]}'?" if close else ";"
+    shown, rest = list(known)[:SHOWN], len(known) - SHOWN
+    more = f" and {rest} more" if rest > 0 else ""
+    return f"{hint} known: {', '.join(shown) or 'none'}{more}"

@@ -1,0 +1,232 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Planted bugs: each one put into a copy of a port, the gate run on the copy, and who noticed."""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import json
+import multiprocessing
+import os
+import queue
+import shutil
+import signal
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from harness.errors import DescriptionError
+from harness.families import Family
+from harness.ports import Port, load_object
+from harness.results import BAD
+
+VERDICT_SECONDS = 300
+"""How long one mutant may keep the gate busy."""
+
+Verdict = Literal["killed", "survived", "green", "red", "timeout"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Mutant:
+    """One planted bug, or a harmless rewrite, as an exact edit of the source.
+
+    id: short, unique in its family. file: the edited file, relative to the port's root. find: text that occurs in it
+    exactly once. replace: what stands there instead. bug: what a person would call it. killers: patterns of checks
+    that are expected to notice; none for a harmless rewrite, on which the gate must stay green.
+    """
+
+    id: str
+    file: str
+    find: str
+    replace: str
+    bug: str
+    killers: Sequence[str] = ()
+
+    @property
+    def harmless(self) -> bool:
+        """Whether the edit changes nothing that anyone could notice."""
+        return not self.killers
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Trapped:
+    """What became of a mutant: killed or survived (green or red for a harmless one), by which checks, how fast."""
+
+    mutant: str
+    bug: str
+    harmless: bool
+    verdict: Verdict
+    killers: Sequence[str]
+    reason: str
+    seconds: float
+
+    @property
+    def good(self) -> bool:
+        """Whether the gate did what it should."""
+        return self.verdict in ("killed", "green")
+
+
+def mutants_of(family: Family) -> tuple[Mutant, ...]:
+    """The mutants beside a family. Raises DescriptionError when it has none, or two of one id."""
+    if family.mutants is None:
+        raise DescriptionError(f"family '{family.name}' has no mutants")
+    found: tuple[Mutant, ...] = tuple(load_object(family.mutants, root=Path.cwd()))
+    ids = [mutant.id for mutant in found]
+    if twice := [name for name in ids if ids.count(name) > 1]:
+        raise DescriptionError(f"family '{family.name}' has two mutants '{twice[0]}'")
+    return found
+
+
+def mutated_source(mutant: Mutant, root: Path) -> str:
+    """The file with the bug in it. Raises DescriptionError when the edit does not match exactly once."""
+    path = root / mutant.file
+    if not path.is_file():
+        raise DescriptionError(f"mutant '{mutant.id}': there is no file {path}")
+    source = path.read_text(encoding="utf-8")
+    count = source.count(mutant.find)
+    if count != 1:
+        raise DescriptionError(f"mutant '{mutant.id}': its text occurs {count} times in {mutant.file}, expected once")
+    return source.replace(mutant.find, mutant.replace)
+
+
+def plant(mutant: Mutant, port: Port, directory: Path) -> Port:
+    """A copy of the port below `directory` with the bug in it: the files of `code`, and nothing else."""
+    if not port.code:
+        raise DescriptionError(f"port '{port.name}': selftest needs `code`, the files the port consists of")
+    for file in {*port.code, mutant.file}:
+        (directory / file).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(port.root / file, directory / file)
+    (directory / mutant.file).write_text(mutated_source(mutant, port.root), encoding="utf-8")
+    return dataclasses.replace(port, root=directory)
+
+
+def selftest(port: Port, mutants: Sequence[Mutant], *, jobs: int = 2, everything: bool = False) -> Iterator[Trapped]:
+    """What becomes of each mutant, as verdicts come in.
+
+    Checks expected to kill run first, and the first failure is the verdict; with `everything` all checks run, so that
+    every killer is known. Each mutant runs in a process of its own, forked from one of `jobs` that have everything
+    imported. Raises DescriptionError before anything runs when an edit does not match.
+    """
+    for mutant in mutants:
+        mutated_source(mutant, port.root)
+    context = multiprocessing.get_context("spawn")
+    todo, done = context.Queue(), context.Queue()
+    for mutant in mutants:
+        todo.put(mutant)
+    workers = [
+        context.Process(target=_work, args=(port, todo, done, everything), daemon=False)
+        for _ in range(max(1, min(jobs, len(mutants))))
+    ]
+    for worker in workers:
+        worker.start()
+    try:
+        for _ in mutants:
+            yield _next(done, workers)
+    finally:
+        for worker in workers:
+            worker.terminate()
+            worker.join()
+
+
+def _next(done: Any, workers: Sequence[Any]) -> Trapped:
+    while True:
+        try:
+            trapped: Trapped = done.get(timeout=1)
+            return trapped
+        except queue.Empty:
+            if not any(worker.is_alive() for worker in workers):
+                raise DescriptionError("the selftest's workers ended early; run `parity check` to see why") from None
+
+
+def _work(port: Port, todo: Any, done: Any, everything: bool) -> None:
+    import torch
+    import transformers  # imported before forking, so that no mutant pays for it
+
+    from harness.checks import CATALOGUE, function_of
+    from harness.runner import session
+
+    torch.set_num_threads(1)
+    del transformers
+    for check in CATALOGUE:
+        function_of(check)
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+    with session() as shared:
+        shared.sandbox.warm_up()
+        while True:
+            try:
+                mutant = todo.get(timeout=0.5)
+            except queue.Empty:
+                return
+            done.put(_verdict(mutant, port, shared, everything))
+
+
+def _verdict(mutant: Mutant, port: Port, shared: Any, everything: bool) -> Trapped:
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory(dir=shared.root) as directory:
+        answer = Path(directory) / "answer.json"
+        child = os.fork()
+        if child == 0:
+            _judge_in_child(mutant, port, shared, everything, Path(directory), answer)
+        ended = _wait(child, VERDICT_SECONDS)
+        verdicts = json.loads(answer.read_text()) if answer.exists() else []
+    killers = [entry["check"] for entry in verdicts if entry["status"] in BAD]
+    reason = next((entry["reason"] for entry in verdicts if entry["status"] in BAD), "")
+    verdict: Verdict
+    if not ended or not verdicts:
+        # A gate that hangs or dies on a port is red: nobody merges that.
+        verdict, reason = ("red" if mutant.harmless else "killed"), "the gate did not end by itself"
+    elif mutant.harmless:
+        verdict = "red" if killers else "green"
+    else:
+        verdict = "killed" if killers else "survived"
+    return Trapped(
+        mutant=mutant.id,
+        bug=mutant.bug,
+        harmless=mutant.harmless,
+        verdict=verdict,
+        killers=list(dict.fromkeys(killers)),
+        reason=reason,
+        seconds=time.monotonic() - started,
+    )
+
+
+def _judge_in_child(mutant: Mutant, port: Port, shared: Any, everything: bool, directory: Path, answer: Path) -> None:
+    """Runs the gate on the mutant, writes one entry for each check, and never returns."""
+    from harness.runner import Options, plan, run_item
+
+    code = 1
+    try:
+        os.setsid()
+        planted = plant(mutant, port, directory / "port")
+        options = Options(backends=("torch-cpu",))
+        items = plan([planted], options)
+        items.sort(key=lambda item: not any(fnmatch.fnmatch(item.check.id, pattern) for pattern in mutant.killers))
+        entries = []
+        for item in items:
+            result = run_item(item, options, shared)
+            entries.append({"check": result.check, "status": result.status, "reason": result.reason})
+            if result.status in BAD and not everything:
+                break
+        temporary = answer.with_suffix(".tmp")
+        temporary.write_text(json.dumps(entries))
+        temporary.replace(answer)
+        code = 0
+    except BaseException as error:  # the child must not run on in its parent's code
+        print(f"selftest: {mutant.id}: {type(error).__name__}: {error}", flush=True)
+    finally:
+        os._exit(code)
+
+
+def _wait(child: int, seconds: float) -> bool:
+    """Whether the child ended by itself in time; one that does not is killed with everything it started."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        pid, _ = os.waitpid(child, os.WNOHANG)
+        if pid:
+            return True
+        time.sleep(0.01)
+    os.killpg(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return False

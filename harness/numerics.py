@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How far two results may differ: the error measure, its bounds, calibration against the original, near ties."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from harness.errors import Mismatch
+
+if TYPE_CHECKING:
+    import torch
+
+SEMANTICS_BOUND = 1e-9
+"""Relative error in float64. Correct implementations of one formula stay near 1e-14, the smallest defect near 1e-7."""
+
+FLOAT32_INSIDE_BOUND = 1e-5
+"""Relative error in float64 for a port that is seen to compute a part in float32."""
+
+CALIBRATION_FACTOR = 2.0
+"""A port's error at a dtype over the original's at that dtype: FlashAttention's rule, with the original as baseline."""
+
+FLOOR_ULPS = 4.0
+"""Units in the last place, at the output's scale, that the calibrated bound allows on top."""
+
+
+def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """max|actual - expected| / rms(expected) in float64; infinite when a value is not finite in one alone.
+
+    Shapes must be equal (ValueError). An all-zero `expected` counts as scale 1.
+    """
+    if actual.shape != expected.shape:
+        raise ValueError(f"shapes {tuple(actual.shape)} and {tuple(expected.shape)} cannot be compared")
+    left, right = actual.detach().cpu().double(), expected.detach().cpu().double()
+    if right.numel() == 0:
+        return 0.0
+    difference = (left - right).abs()
+    difference = difference.where(left != right, 0.0)  # equal infinities differ by nothing
+    scale = float(right[right.isfinite()].square().mean().sqrt()) if bool(right.isfinite().any()) else 1.0
+    error = float(difference.max()) / (scale if scale > 0 else 1.0)
+    return error if error == error else float("inf")
+
+
+def require_shape(what: str, actual: torch.Tensor, expected: torch.Tensor) -> None:
+    """Raises Mismatch when two tensors differ in shape."""
+    if actual.shape != expected.shape:
+        raise Mismatch(f"{what} has shape {tuple(actual.shape)}, expected {tuple(expected.shape)}")
+
+
+def require_close(
+    what: str, actual: torch.Tensor, expected: torch.Tensor, *, bound: float, first_divergence: str | None = None
+) -> float:
+    """The relative error of `actual`, after checking shape and bound. Raises Mismatch with both tensors."""
+    require_shape(what, actual, expected)
+    error = relative_error(actual, expected)
+    if not error <= bound:
+        raise Mismatch(
+            f"{what}: relative error {error:.1e}, bound {bound:.0e}{_where(actual, expected)}",
+            metrics={"error": error, "bound": bound},
+            tensors={"actual": actual, "expected": expected},
+            first_divergence=first_divergence,
+        )
+    return error
+
+
+def _where(actual: torch.Tensor, expected: torch.Tensor) -> str:
+    left, right = actual.detach().cpu().double(), expected.detach().cpu().double()
+    if not bool(left.isfinite().all()):
+        bad = int((~left.isfinite()).sum())
+        return f"; {bad} of {left.numel()} values are not finite"
+    if left.ndim == 0:
+        return f" ({float(left):.9g} instead of {float(right):.9g})"
+    place: Any = (left - right).abs().nan_to_num(nan=float("inf")).flatten().argmax()
+    index = []
+    for size in reversed(left.shape):
+        index.append(int(place % size))
+        place = place // size
+    at = tuple(reversed(index))
+    return f", largest at {list(at)}: {float(left[at]):.6g} instead of {float(right[at]):.6g}"
+
+
+def calibrated_bound(*, baseline: float, epsilon: float) -> float:
+    """What the error of a port at a dtype may be, given the original's error there and the dtype's epsilon."""
+    return CALIBRATION_FACTOR * baseline + FLOOR_ULPS * epsilon
+
+
+def require_calibrated(
+    what: str, actual: torch.Tensor, baseline: torch.Tensor, oracle: torch.Tensor, *, epsilon: float
+) -> dict[str, float]:
+    """Checks e(actual) <= 2 e(baseline) + floor against the float64 oracle; gives both errors and their ratio."""
+    require_shape(what, actual, oracle)
+    ours, theirs = relative_error(actual, oracle), relative_error(baseline, oracle)
+    bound = calibrated_bound(baseline=theirs, epsilon=epsilon)
+    metrics = {"error": ours, "original_error": theirs, "ratio": ours / max(theirs, epsilon)}
+    if not ours <= bound:
+        raise Mismatch(
+            f"{what}: error {ours:.1e} against the float64 oracle, the original's is {theirs:.1e} at the same dtype,"
+            f" bound {bound:.1e}{_where(actual, oracle)}",
+            metrics={**metrics, "bound": bound},
+            tensors={"actual": actual, "expected": oracle, "original": baseline},
+        )
+    return metrics
+
+
+def first_difference(actual: torch.Tensor, expected: torch.Tensor) -> tuple[int, int] | None:
+    """(row, position) of the earliest position at which two (rows, tokens) id tensors differ; None when equal."""
+    different = (actual != expected).nonzero()
+    if not len(different):
+        return None
+    row, position = min(different.tolist(), key=lambda place: (place[1], place[0]))
+    return int(row), int(position)
+
+
+def top_two_gap(logits: torch.Tensor) -> float:
+    """Distance between the largest and the second largest of (vocabulary,) logits, over their rms."""
+    if logits.numel() < 2:
+        return float("inf")
+    best = logits.double().topk(2).values
+    return float(best[0] - best[1]) / max(float(logits.double().square().mean().sqrt()), 1e-300)

@@ -1,0 +1,293 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The door for pytest: collects one item for every check of the ports that the root directory describes.
+
+Imports neither torch nor transformers nor mlx until an item runs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+from collections.abc import Generator, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from harness.errors import ParityError
+from harness.results import BAD, Result, as_json
+
+if TYPE_CHECKING:
+    from harness.ports import Port
+    from harness.runner import Item, Options, Session
+
+MARKERS = {
+    "parity": "checks that a port still computes what its original computes",
+    "cuda": "needs a CUDA device",
+    "metal": "needs a Metal device",
+    "mlx": "needs MLX",
+    "hub": "talks to the loopback Hub",
+    "slow": "takes more than a few seconds",
+}
+
+_results = pytest.StashKey[list[Result]]()
+_exit_stack = pytest.StashKey[contextlib.ExitStack]()
+_session = pytest.StashKey["Session"]()
+_selected = pytest.StashKey[list[str]]()
+_complaints = pytest.StashKey[list[str]]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """The options of the design; each is `parity check`'s option of the same name."""
+    group = parser.getgroup("parity", "parity of ports with their originals")
+    add = group.addoption
+    add("--parity", action="store_true", help="collect parity checks also without -m parity")
+    add("--parity-port", action="append", default=[], metavar="NAME", help="only this port (repeatable)")
+    add("--parity-backend", action="append", default=[], metavar="NAME", help="only this backend (repeatable)")
+    add("--parity-dtype", action="append", default=[], metavar="NAME", help="only this dtype (repeatable)")
+    add("--parity-checks", action="append", default=[], metavar="GLOB", help="only checks that match (repeatable)")
+    add("--parity-profile", default="gate", metavar="NAME", help="gate (default), thorough or nightly")
+    add("--parity-seed", type=int, default=None, metavar="N", help="draw other cases than the profile's own")
+    add("--parity-report", type=Path, default=None, metavar="DIR", help="write reports and bundles of failures there")
+    add("--parity-min-checks", type=int, default=0, metavar="N", help="fail when fewer checks ran for a port")
+    add("--parity-require", action="append", default=[], metavar="BACKEND", help="exit 3 when it is not here")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Registers the markers, and takes node ids of checks out of the arguments, which name no file."""
+    for name, meaning in MARKERS.items():
+        config.addinivalue_line("markers", f"{name}: {meaning}")
+    config.stash[_results] = []
+    config.stash[_exit_stack] = contextlib.ExitStack()
+    config.stash[_selected] = [argument for argument in config.args if argument.startswith("parity::")]
+    if config.stash[_selected]:
+        config.args = [argument for argument in config.args if not argument.startswith("parity::")]
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Ends the server of fresh processes and removes the run's temporary directory."""
+    if _exit_stack in config.stash:
+        config.stash[_exit_stack].close()
+
+
+def wants_parity(config: pytest.Config) -> bool:
+    """Whether this run asks for parity checks: by marker expression, option or node id."""
+    expression = config.getoption("markexpr", "") or ""
+    return bool(config.getoption("parity") or re.search(r"\bparity\b", expression) or config.stash[_selected])
+
+
+def options_of(config: pytest.Config) -> Options:
+    """The run's options. Raises DescriptionError for names that do not exist."""
+    from harness.runner import Options
+
+    names = ("backend", "dtype", "checks", "profile", "seed", "report", "min_checks", "require")
+    given = {name: config.getoption(f"parity_{name}") for name in names}
+    given["backends"], given["dtypes"] = given.pop("backend"), given.pop("dtype")
+    if given["report"] is not None:
+        given["report"] = given["report"].resolve()
+    return Options(**given)
+
+
+def ports_of(config: pytest.Config) -> list[Port]:
+    """The described ports, those named by --parity-port only. Raises DescriptionError where there is none."""
+    from harness.ports import read_ports, select_ports
+
+    return select_ports(read_ports(config.rootpath), config.getoption("parity_port"), directory=config.rootpath)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(session: pytest.Session, config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Adds the checks' items, before marker and keyword expressions select."""
+    if not wants_parity(config):
+        return
+    from harness.runner import plan, require_backends
+
+    try:
+        options = options_of(config)
+        require_backends(options)
+        planned = plan(ports_of(config), options)
+    except ParityError as error:
+        pytest.exit(f"parity: {error}", returncode=error.exit_code)
+    root: Collected = Collected.from_parent(session, name="parity", nodeid="parity", planned=planned, options=options)
+    items.extend(item for item in session.genitems(root) if _is_selected(item.nodeid, config.stash[_selected]))
+
+
+def _is_selected(nodeid: str, chosen: list[str]) -> bool:
+    return not chosen or any(nodeid == each or nodeid.startswith((each + "::", each + "[")) for each in chosen)
+
+
+class Collected(pytest.Collector):
+    """The node above all ports, and the one above the checks of each."""
+
+    def __init__(self, *, planned: list[Item], options: Options, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.planned, self.options = planned, options
+
+    def collect(self) -> Iterator[pytest.Item | pytest.Collector]:
+        """A node for each port below the first, an item for each check below a port."""
+        if self.name == "parity" and isinstance(self.parent, pytest.Session):
+            for name in dict.fromkeys(item.port.name for item in self.planned):
+                own = [item for item in self.planned if item.port.name == name]
+                yield Collected.from_parent(
+                    self, name=name, nodeid=f"parity::{name}", planned=own, options=self.options
+                )
+            return
+        for item in self.planned:
+            name = f"{item.check.id}[{item.variant}]"
+            yield CheckItem.from_parent(self, name=name, item=item, options=self.options)
+
+
+class CheckItem(pytest.Item):
+    """One check of one port on one route, backend and dtype."""
+
+    def __init__(self, *, item: Item, options: Options, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        from harness.backends import mark_of
+
+        self.item, self.options = item, options
+        self.result: Result | None = None
+        for mark in filter(None, ("parity", mark_of(item.backend), "hub" if item.route == "hub" else None)):
+            self.add_marker(mark)
+
+    def runtest(self) -> None:
+        """Runs the check; the test's outcome is the result's."""
+        from harness.runner import run_item
+
+        self.result = run_item(self.item, self.options, session_of(self.config))
+        properties = {"check": self.result.check, "reason": self.result.reason}
+        if self.result.config is not None:
+            properties["config"] = json.dumps(self.result.config)
+        self.user_properties.extend((name, value) for name, value in properties.items() if value)
+        settle(self.result)
+
+    def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException], style: Any = None) -> Any:
+        """What the result says; a traceback only for what is no result."""
+        if isinstance(excinfo.value, CheckFailed):
+            return str(excinfo.value)
+        return super().repr_failure(excinfo, style)
+
+    def reportinfo(self) -> tuple[Path, None, str]:
+        """Where the port is described, and the item's id."""
+        return self.path, None, self.nodeid
+
+
+class CheckFailed(Exception):
+    """A result that makes a test fail."""
+
+
+def settle(result: Result) -> None:
+    """Turns a result into the outcome of the running test."""
+    if result.status == "skipped":
+        pytest.skip(result.reason)
+    if result.status == "xfailed":
+        pytest.xfail(result.reason)
+    if result.status in BAD:
+        raise CheckFailed(failure_text(result))
+
+
+def failure_text(result: Result) -> str:
+    """A failed result in a few lines: the reason, the smallest configuration, the numbers, where to go on."""
+    from harness.report.summary import compact_config
+
+    lines = [f"{result.status}: {result.reason}"]
+    if result.config:
+        lines.append(f"  config    {compact_config(result.config)}")
+    if result.metrics:
+        lines.append("  numbers   " + " ".join(f"{name}={value:.3g}" for name, value in result.metrics.items()))
+    if result.first_divergence:
+        lines.append(f"  first at  {result.first_divergence}")
+    if result.bundle:
+        lines.append(f"  replay    parity repro {result.bundle}")
+    return "\n".join(lines)
+
+
+def session_of(config: pytest.Config) -> Session:
+    """What the run's checks share, made when the first one runs."""
+    from harness.runner import session
+
+    if _session not in config.stash:
+        config.stash[_session] = config.stash[_exit_stack].enter_context(session())
+    return config.stash[_session]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> None:
+    """Makes the checks that `parametrize_with_checks` gave a test callable."""
+    from harness.door import BoundCheck
+    from harness.runner import run_item
+
+    for name, value in list(pyfuncitem.funcargs.items()):
+        if isinstance(value, BoundCheck):
+
+            def check(_port: Any = None, *, bound: BoundCheck = value) -> Result:
+                result = run_item(bound.item, bound.options, session_of(pyfuncitem.config))
+                settle(result)
+                return result
+
+            pyfuncitem.funcargs[name] = check
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Generator[None, Any, Any]:
+    """Puts the result on the report, which travels from a worker process to the one that reports."""
+    report = yield
+    if isinstance(item, CheckItem) and item.result is not None and call.when == "call":
+        report.parity_result = as_json(item.result)
+    return report
+
+
+class ResultCollector:
+    """Keeps the results that arrive, in this process and from workers."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self.results = config.stash[_results]
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Notes the result of a check's report."""
+        values = getattr(report, "parity_result", None)
+        if values is not None:
+            self.results.append(Result(**values))
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Starts keeping results, in the process that reports."""
+    if not hasattr(session.config, "workerinput"):
+        session.config.pluginmanager.register(ResultCollector(session.config), "parity-results")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Writes the reports, and fails a run in which fewer checks ran than were asked for."""
+    config = session.config
+    if hasattr(config, "workerinput") or not wants_parity(config) or config.getoption("collectonly"):
+        return
+    results = config.stash[_results]
+    if not results:
+        return
+    from harness.report import write_reports
+    from harness.runner import header_of, too_few
+
+    options = options_of(config)
+    filtered = bool(
+        config.stash[_selected] or config.getoption("keyword") or config.getoption("markexpr") not in ("", "parity")
+    )
+    config.stash[_complaints] = too_few(ports_of(config), results, options, filtered=filtered)
+    if config.stash[_complaints] and session.exitstatus == pytest.ExitCode.OK:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+    if options.report is not None:
+        write_reports(options.report, results, header=header_of(options))
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """The table of the run, failures first, and what was asked for and did not run."""
+    results = config.stash[_results]
+    if not results:
+        return
+    from harness.report import print_table
+    from harness.runner import header_of
+
+    terminalreporter.section("parity")
+    print_table(results, header=header_of(options_of(config)))
+    for line in config.stash.get(_complaints, []):
+        terminalreporter.write_line(f"parity: {line}", red=True)

@@ -1,0 +1,274 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a port is, as data: reading its description, checking it, and finding the classes it names."""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import hashlib
+import importlib
+import importlib.util
+import sys
+import tomllib
+import types
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from harness.errors import DescriptionError, Mismatch
+from harness.families import Family, find_family, nearest
+
+LOADERS = ("state_dict", "checkpoint", "pretrained", "command")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Port:
+    """One implementation under test, as its repository describes it.
+
+    name, family: how reports call it, and the family it ports.
+    model, config: `file.py:Class` (relative to `root`) or `package.module:Class`.
+    load: how the original's weights get in: `state_dict`, `checkpoint:CALLABLE` (a function or classmethod given the
+        path of the original's own file), `pretrained`, or `command:TEMPLATE` with `{checkpoint}` and `{out}`.
+    code: files that must travel with a saved checkpoint; the files of `model` and `config` when empty.
+    config_map: field of the original -> field of the port, only what the family does not already know.
+    original: gate against this class (`file.py:Class`) instead of the family's built-in original.
+    labels, ignore_index: the port's convention, `hf` (shifted inside, -100) or `preshifted` (-1).
+    lacks: check pattern -> why the port does not have what its family has; such checks are skipped.
+    xfail: check pattern -> why it is expected to fail; one that passes is a failure.
+    min_checks: fewer checks run than this is a failure.
+    root: the directory paths are relative to.
+    """
+
+    name: str
+    family: str
+    model: str
+    config: str
+    load: str = "state_dict"
+    code: Sequence[str] = ()
+    config_map: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    original: str | None = None
+    labels: Literal["hf", "preshifted"] = "hf"
+    ignore_index: int | None = None
+    lacks: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    xfail: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    min_checks: int = 0
+    root: Path = dataclasses.field(default_factory=Path.cwd)
+
+    def __post_init__(self) -> None:
+        problem = _problem(self)
+        if problem:
+            raise DescriptionError(f"port '{self.name}': {problem}")
+
+    @property
+    def loader(self) -> str:
+        """The kind of `load`: the word before its colon."""
+        return self.load.partition(":")[0]
+
+    @property
+    def ignored_label(self) -> int:
+        """The label value the port's loss leaves out."""
+        if self.ignore_index is not None:
+            return self.ignore_index
+        return -100 if self.labels == "hf" else -1
+
+
+def _problem(port: Port) -> str | None:
+    for key in ("name", "family", "model", "config", "load"):
+        value = getattr(port, key)
+        if not isinstance(value, str) or not value:
+            return f"{key} must be a non-empty string, not {value!r}"
+    for key in ("model", "config", "original"):
+        value = getattr(port, key)
+        if value is not None and not _is_spec(value):
+            return f"{key} = {value!r} must read 'file.py:Class' or 'package.module:Class'"
+    loader, _, rest = port.load.partition(":")
+    if loader not in LOADERS:
+        return f"load = {port.load!r} is not one of {', '.join(LOADERS)}{nearest(loader, LOADERS)}"
+    if loader in ("checkpoint", "command") and not rest:
+        return f"load = {port.load!r} needs what to call after the colon, such as '{loader}:...'"
+    if loader == "command" and not ("{checkpoint}" in rest and "{out}" in rest):
+        return "load = 'command:...' must contain {checkpoint} and {out}"
+    if port.labels not in ("hf", "preshifted"):
+        return f"labels must be 'hf' or 'preshifted', not {port.labels!r}"
+    for key in ("lacks", "xfail", "config_map"):
+        table = getattr(port, key)
+        if not isinstance(table, Mapping) or not all(isinstance(value, str) and value for value in table.values()):
+            return f"{key} must be a table of strings, a reason or a name for each key"
+    if isinstance(port.code, str) or not all(isinstance(file, str) for file in port.code):
+        return f"code must be a list of file names, not {port.code!r}"
+    if isinstance(port.min_checks, bool) or not isinstance(port.min_checks, int) or port.min_checks < 0:
+        return f"min_checks must be a count of checks, not {port.min_checks!r}"
+    if port.ignore_index is not None and (
+        isinstance(port.ignore_index, bool) or not isinstance(port.ignore_index, int)
+    ):
+        return f"ignore_index must be a whole number, not {port.ignore_index!r}"
+    return None
+
+
+def _is_spec(spec: Any) -> bool:
+    if not isinstance(spec, str):
+        return False
+    place, _, name = spec.rpartition(":")
+    return bool(place) and bool(name) and name.replace(".", "_").isidentifier()
+
+
+def parse_ports(table: Mapping[str, Any], *, root: Path, file: str) -> tuple[Port, ...]:
+    """The ports of one `[tool.parity]` table. Raises DescriptionError that names the file, the port and the key."""
+    unknown = sorted(set(table) - {"port"})
+    if unknown:
+        raise DescriptionError(f"{file}: [tool.parity] has no key '{unknown[0]}'{nearest(unknown[0], ['port'])}")
+    entries = table.get("port", [])
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise DescriptionError(f"{file}: ports are written as [[tool.parity.port]] tables, one for each port")
+    valid = [field.name for field in dataclasses.fields(Port) if field.name != "root"]
+    required = ("name", "family", "model", "config")
+    ports: list[Port] = []
+    for number, entry in enumerate(entries, start=1):
+        where = f"{file}: port '{entry['name']}'" if "name" in entry else f"{file}: port number {number}"
+        for key in entry:
+            if key not in valid:
+                raise DescriptionError(f"{where}: there is no key '{key}'{nearest(key, valid)}")
+        missing = [key for key in required if key not in entry]
+        if missing:
+            raise DescriptionError(f"{where}: key '{missing[0]}' is missing; a port needs {', '.join(required)}")
+        try:
+            port = Port(**entry, root=root)
+        except DescriptionError as error:
+            raise DescriptionError(f"{file}: {error}") from None
+        if any(port.name == other.name for other in ports):
+            raise DescriptionError(f"{where}: the name is used twice; every port needs its own")
+        ports.append(port)
+    return tuple(ports)
+
+
+def read_ports(directory: Path) -> tuple[Port, ...]:
+    """The ports described in `parity.toml`, or else `pyproject.toml`, of a directory; empty when there is neither.
+
+    Raises DescriptionError for a file that is not TOML and for every wrong key or value.
+    """
+    for name in ("parity.toml", "pyproject.toml"):
+        path = directory / name
+        if not path.is_file():
+            continue
+        try:
+            document = tomllib.loads(path.read_text(encoding="utf-8"))
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise DescriptionError(f"{name} is not valid TOML: {error}") from None
+        table = document.get("tool", {}).get("parity")
+        if table is None and name == "parity.toml":
+            table = document
+        if table is not None:
+            return parse_ports(table, root=directory, file=name)
+    return ()
+
+
+def select_ports(ports: Sequence[Port], names: Sequence[str], *, directory: Path) -> list[Port]:
+    """The ports of those names, or all. Raises DescriptionError for a name that is not there, or when there is none."""
+    if not ports:
+        raise DescriptionError(
+            f"{directory} describes no port; write a [[tool.parity.port]] table into its pyproject.toml, or parity.toml"
+        )
+    known = [port.name for port in ports]
+    for name in names:
+        if name not in known:
+            raise DescriptionError(f"there is no port '{name}'{nearest(name, known)}")
+    return [port for port in ports if not names or port.name in names]
+
+
+def load_object(spec: str, *, root: Path) -> Any:
+    """The object that `file.py:Name` (relative to root) or `package.module:Name` means; Name may be dotted.
+
+    Raises DescriptionError when the file or the name does not exist, and Mismatch when the code cannot be imported.
+    """
+    place, _, name = spec.rpartition(":")
+    module = _import_file(root / place, spec) if place.endswith(".py") else _import_module(place, root, spec)
+    found: Any = module
+    for part in name.split("."):
+        if not hasattr(found, part):
+            own = [key for key, value in vars(module).items() if getattr(value, "__module__", None) == module.__name__]
+            raise DescriptionError(f"'{spec}': there is no '{part}' in {place}{nearest(part, own)}")
+        found = getattr(found, part)
+    return found
+
+
+def source_file(spec: str, *, root: Path) -> Path:
+    """The file that holds what a spec names."""
+    place = spec.rpartition(":")[0]
+    if place.endswith(".py"):
+        return (root / place).resolve()
+    module = _import_module(place, root, spec)
+    if module.__file__ is None:
+        raise DescriptionError(f"'{spec}': {place} has no source file")
+    return Path(module.__file__).resolve()
+
+
+def _import_module(name: str, root: Path, spec: str) -> types.ModuleType:
+    if str(root) not in sys.path:
+        sys.path.insert(0, str(root))
+    try:
+        if importlib.util.find_spec(name) is None:
+            raise DescriptionError(f"'{spec}': there is no module '{name}' on the Python path or below {root}")
+    except ModuleNotFoundError as error:
+        raise DescriptionError(f"'{spec}': there is no module '{error.name}'") from None
+    return _run_import(name, spec)
+
+
+def _import_file(path: Path, spec: str) -> types.ModuleType:
+    path = path.resolve()
+    if not path.is_file():
+        raise DescriptionError(f"'{spec}': there is no file {path}")
+    parts = [path.stem]
+    folder = path.parent
+    while (folder / "__init__.py").is_file():
+        parts.insert(0, folder.name)
+        folder = folder.parent
+    if len(parts) > 1:
+        if str(folder) not in sys.path:
+            sys.path.insert(0, str(folder))
+        return _run_import(".".join(parts), spec)
+    return _import_lone_file(path, spec)
+
+
+def _import_lone_file(path: Path, spec: str) -> types.ModuleType:
+    # A package made up around the folder lets `from .sibling import x` work, as it does in a remote-code checkpoint.
+    package = "parity_port_" + hashlib.sha256(str(path.parent).encode()).hexdigest()[:12]
+    if package not in sys.modules:
+        parent = types.ModuleType(package)
+        parent.__path__ = [str(path.parent)]
+        sys.modules[package] = parent
+    return _run_import(f"{package}.{path.stem}", spec)
+
+
+def _run_import(name: str, spec: str) -> types.ModuleType:
+    try:
+        return importlib.import_module(name)
+    except Exception as error:  # any error of foreign code, at import, is a finding about that code
+        raise Mismatch(f"'{spec}' cannot be imported: {type(error).__name__}: {first_line(error)}") from error
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its type when it has none; a broken `__str__` does not matter."""
+    try:
+        return str(error).strip().splitlines()[0]
+    except Exception:  # foreign exceptions may raise while they are shown, or be empty
+        return type(error).__name__
+
+
+def check_patterns(ports: Sequence[Port], check_ids: Sequence[str]) -> None:
+    """Raises DescriptionError for a `lacks` or `xfail` pattern that matches no check."""
+    for port in ports:
+        for key in ("lacks", "xfail"):
+            for pattern in getattr(port, key):
+                if not fnmatch.filter(check_ids, pattern):
+                    raise DescriptionError(
+                        f"port '{port.name}': {key} names '{pattern}', which matches no check"
+                        f"{nearest(pattern, check_ids)}"
+                    )
+
+
+def family_of(port: Port) -> Family:
+    """The family of a port. Raises DescriptionError that names the port."""
+    try:
+        return find_family(port.family)
+    except DescriptionError as error:
+        raise DescriptionError(f"port '{port.name}': {error}") from None

@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Route `direct`: the port is built from its configuration and given the original's tensors by name."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from harness.errors import Mismatch, Skip
+from harness.trial import Trial, port_class, port_config
+
+if TYPE_CHECKING:
+    from harness.cases import Case
+
+
+def carry(trial: Trial, case: Case, original: torch.nn.Module) -> torch.nn.Module:
+    """The port with the original's tensors, in the original's dtype."""
+    model: torch.nn.Module = port_class(trial)(port_config(trial, case.fields))
+    dtype = next(original.parameters()).dtype
+    model = model.to(dtype)
+    load_tensors(trial, model, original.state_dict())
+    return model.eval()
+
+
+def load_tensors(trial: Trial, model: torch.nn.Module, source: dict[str, torch.Tensor]) -> None:
+    """Loads every source tensor into its target. Raises Mismatch for one left over, one missing, or another shape.
+
+    A port whose `load` is not state_dict may have names of its own: then the route is skipped.
+    """
+    renamed = {trial.family.port_key(key): tensor for key, tensor in source.items()}
+    target = model.state_dict()
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    problem = None
+    if left := sorted(set(renamed) - set(target)):
+        problem = f"the port has no tensor named {left[0]} ({len(left)} of the original's tensors have no place)"
+    elif missing := sorted((set(target) & parameters) - set(renamed)):
+        problem = f"nothing of the original fills the port's {missing[0]} ({len(missing)} tensors stay as they were)"
+    elif wrong := [name for name in renamed if renamed[name].shape != target[name].shape]:
+        name = wrong[0]
+        problem = (
+            f"{name} has shape {tuple(target[name].shape)} in the port, {tuple(renamed[name].shape)} in the original"
+        )
+    if problem and trial.port.loader != "state_dict":
+        raise Skip(f"the port's tensors have other names or shapes; its own loader brings them ({trial.port.load})")
+    if problem:
+        raise Mismatch(problem)
+    model.load_state_dict(renamed, strict=False)

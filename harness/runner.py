@@ -1,0 +1,392 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one generator behind every door: which checks are asked of a port, and what becomes of each."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fnmatch
+import io
+import logging
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from harness.backends import BACKENDS, NO_FLOAT64, unavailable
+from harness.cases import Case, cases
+from harness.checks import CATALOGUE, MAIN, Check, check_ids, function_of
+from harness.errors import DescriptionError, Mismatch, NotHere, ParityError, Skip
+from harness.families import Family, nearest
+from harness.ports import Port, check_patterns, family_of, first_line
+from harness.results import BAD, Result, checks_run
+from harness.routes import main_route
+
+if TYPE_CHECKING:
+    from harness.report import Header
+    from harness.sandbox import Sandbox
+    from harness.trial import Trial
+
+PROFILES = {"gate": 1, "thorough": 6, "nightly": 30}
+"""How many times the catalogue's number of examples a profile draws."""
+
+SHRINK_SECONDS = 20.0
+"""How long a failing case is made smaller."""
+
+HARNESS = Path(__file__).parent
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """What to run. Empty `backends`, `dtypes` and `checks` mean all; `seed` None means the profile's own.
+
+    checks are shell patterns on check ids. require names backends that must be here. report is where bundles of
+    failures and the reports go; without it there are none.
+    """
+
+    backends: Sequence[str] = ()
+    dtypes: Sequence[str] = ()
+    checks: Sequence[str] = ()
+    profile: str = "gate"
+    seed: int | None = None
+    report: Path | None = None
+    min_checks: int = 0
+    require: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        from harness.backends.names import DTYPES
+
+        for what, values, known in (
+            ("backend", self.backends, BACKENDS),
+            ("dtype", self.dtypes, DTYPES),
+            ("profile", [self.profile], list(PROFILES)),
+            ("backend", [name for name in self.require if name != "mlx"], BACKENDS),
+        ):
+            for value in values:
+                if value not in known:
+                    raise DescriptionError(f"there is no {what} '{value}'{nearest(value, known)}")
+        for pattern in self.checks:
+            if not fnmatch.filter(check_ids(), pattern):
+                raise DescriptionError(f"no check matches '{pattern}'{nearest(pattern, check_ids())}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Item:
+    """One check of one port on one route, backend and dtype."""
+
+    port: Port
+    family: Family
+    check: Check
+    route: str
+    backend: str
+    dtype: str
+
+    @property
+    def variant(self) -> str:
+        """Route, backend and dtype as they stand in an item's id."""
+        return f"{self.route}-{self.backend}-{self.dtype}"
+
+
+def plan(ports: Sequence[Port], options: Options) -> list[Item]:
+    """Every item of the ports, in the catalogue's order; imports families, but no framework.
+
+    Raises DescriptionError for an unknown family and for `lacks` or `xfail` patterns that match no check.
+    """
+    check_patterns(ports, check_ids())
+    return [item for port in ports for item in _plan_port(port, family_of(port), options)]
+
+
+def _plan_port(port: Port, family: Family, options: Options) -> Iterator[Item]:
+    for check in CATALOGUE:
+        if options.checks and not any(fnmatch.fnmatch(check.id, pattern) for pattern in options.checks):
+            continue
+        backends = family.backends if check.devices else family.backends[:1]
+        routes = dict.fromkeys(main_route(port) if route == MAIN else route for route in check.routes)
+        for backend in backends:
+            if options.backends and backend not in options.backends:
+                continue
+            dtypes = dict.fromkeys(_on(backend, dtype) for dtype in check.dtypes)
+            for route in list(routes)[: None if backend == family.backends[0] else 1]:
+                for dtype in dtypes:
+                    if not options.dtypes or dtype in options.dtypes:
+                        yield Item(port=port, family=family, check=check, route=route, backend=backend, dtype=dtype)
+
+
+def _on(backend: str, dtype: str) -> str:
+    return "float32" if dtype == "float64" and backend in NO_FLOAT64 else dtype
+
+
+def require_backends(options: Options) -> None:
+    """Raises NotHere for the first backend that `require` names and this machine does not have."""
+    for name in options.require:
+        reason = unavailable("mlx-cpu" if name == "mlx" else name)
+        if reason:
+            raise NotHere(f"{reason} (required: {name})")
+
+
+@contextlib.contextmanager
+def session() -> Iterator[Session]:
+    """What the items of one run share: a temporary directory and a server of fresh processes; both end with it."""
+    from harness.sandbox import Sandbox
+
+    with tempfile.TemporaryDirectory(prefix="parity-") as directory:
+        root = Path(directory).resolve()
+        with Sandbox(root) as sandbox:
+            yield Session(root=root, sandbox=sandbox)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Session:
+    """See `session`."""
+
+    root: Path
+    sandbox: Sandbox
+
+
+def run_item(item: Item, options: Options, shared: Session) -> Result:
+    """What becomes of an item. Never raises for what a port or a check does."""
+    started = time.perf_counter()
+    reason = _why_not(item)
+    if reason:
+        return _result(item, started, status="skipped", reason=reason)
+    with quiet(), tempfile.TemporaryDirectory(dir=shared.root) as directory:
+        try:
+            outcome = _explore(item, options, shared, Path(directory))
+        except DescriptionError as error:
+            return _result(item, started, status="error", reason=str(error))
+    return _with_expectation(item, dataclasses.replace(outcome, seconds=time.perf_counter() - started))
+
+
+def _why_not(item: Item) -> str | None:
+    for pattern, reason in item.port.lacks.items():
+        if fnmatch.fnmatch(item.check.id, pattern):
+            return f"the port lacks it: {reason}"
+    absent = [need for need in item.check.needs if need not in item.family.features]
+    if absent:
+        return f"family '{item.family.name}' has no {absent[0].replace('_', ' ')}"
+    return unavailable(item.backend)
+
+
+def _result(item: Item, started: float, **values: Any) -> Result:
+    return Result(
+        port=item.port.name,
+        family=item.family.name,
+        check=item.check.id,
+        route=item.route,
+        backend=item.backend,
+        dtype=item.dtype,
+        seconds=time.perf_counter() - started,
+        **values,
+    )
+
+
+def _with_expectation(item: Item, result: Result) -> Result:
+    for pattern, reason in item.port.xfail.items():
+        if fnmatch.fnmatch(item.check.id, pattern):
+            if result.status in ("failed", "error"):
+                return dataclasses.replace(result, status="xfailed", reason=f"expected: {reason} ({result.reason})")
+            if result.status == "passed":
+                return dataclasses.replace(
+                    result, status="xpassed", reason=f"passes, but was expected to fail: {reason}"
+                )
+    return result
+
+
+def _explore(item: Item, options: Options, shared: Session, directory: Path) -> Result:
+    """Draws cases until one fails, and shrinks that one."""
+    from harness.exploration import explore
+    from harness.trial import Trial, worst
+
+    started = time.perf_counter()
+    function = function_of(item.check)
+    passed: list[dict[str, float]] = []
+    skipped: list[str] = []
+
+    def trial() -> Trial:
+        return Trial(
+            port=item.port,
+            family=item.family,
+            route=item.route,
+            backend=item.backend,
+            dtype=item.dtype,
+            workdir=Path(tempfile.mkdtemp(dir=directory)),
+            sandbox=shared.sandbox,
+        )
+
+    def attempt(case: Case) -> None:
+        try:
+            passed.append(_run_check(function, trial(), case))
+        except Skip as skip:
+            skipped.append(str(skip))
+
+    failure = explore(
+        attempt,
+        cases(item.family),
+        examples=item.check.examples * PROFILES[options.profile],
+        seed=seed_of(item, options),
+        database=options.profile == "nightly",
+        shrink_seconds=SHRINK_SECONDS,
+    )
+    examples = len(passed) + (failure.attempts if failure else 0)
+    if failure is not None:
+        return _failed(item, options, failure.case, failure.error, trial(), examples=examples, started=started)
+    if not passed:
+        return _result(item, started, status="skipped", reason=skipped[0] if skipped else "no case was drawn")
+    return _result(item, started, status="passed", metrics=worst(*passed), examples=examples)
+
+
+def replay(port: Port, case: Case, recorded: Mapping[str, Any]) -> Result:
+    """What becomes of a recorded failure's one case now. Raises DescriptionError for a check that does not exist."""
+    from harness.trial import Trial
+
+    check = next((check for check in CATALOGUE if check.id == recorded["check"]), None)
+    if check is None:
+        raise DescriptionError(f"there is no check '{recorded['check']}'{nearest(recorded['check'], check_ids())}")
+    where = {name: recorded[name] for name in ("route", "backend", "dtype")}
+    item = Item(port=port, family=family_of(port), check=check, **where)
+    started = time.perf_counter()
+    if reason := unavailable(item.backend):
+        raise NotHere(f"{reason}; the failure was recorded on {item.backend}")
+    with session() as shared, quiet():
+        trial = Trial(port=port, family=item.family, workdir=shared.root, sandbox=shared.sandbox, **where)
+        try:
+            metrics = _run_check(function_of(check), trial, case)
+        except Skip as skip:
+            return _result(item, started, status="skipped", reason=str(skip))
+        except Exception as error:
+            return _failed(item, Options(), case, error, trial, examples=1, started=started)
+    return _result(item, started, status="passed", metrics=metrics, examples=1)
+
+
+def seed_of(item: Item, options: Options) -> int | None:
+    """The seed of an item's draws: one of its own for each check, the same on every run; None in profile nightly."""
+    if options.profile == "nightly" and options.seed is None:
+        return None
+    return zlib.crc32(item.check.id.encode()) + 1_000_003 * (options.seed or 0)
+
+
+def _run_check(function: Callable[[Trial, Case], dict[str, float]], trial: Trial, case: Case) -> dict[str, float]:
+    from harness.backends.pytorch import numeric_settings
+
+    with numeric_settings():
+        return function(trial, case)
+
+
+def _failed(
+    item: Item, options: Options, case: Case, error: Exception, trial: Trial, *, examples: int, started: float
+) -> Result:
+    from harness import bundles, localise
+
+    if isinstance(error, DescriptionError):
+        raise error
+    status, reason = ("failed", str(error)) if isinstance(error, Mismatch) else explain(error)
+    divergence = getattr(error, "first_divergence", None) or localise.first_divergence(trial, case)
+    result = _result(
+        item,
+        started,
+        status=status,
+        reason=reason,
+        config=case.as_dict(),
+        metrics=getattr(error, "metrics", {}),
+        first_divergence=divergence,
+        examples=examples,
+    )
+    if options.report is None:
+        return result
+    path = bundles.write(result, trial, case, error, directory=options.report / "bundles")
+    return dataclasses.replace(result, bundle=str(path))
+
+
+def explain(error: Exception) -> tuple[Any, str]:
+    """Status and one line for an exception that is no Mismatch: the port's fault, unless only our code was running."""
+    frames = traceback.extract_tb(error.__traceback__)
+    text = f"{type(error).__name__}: {first_line(error)}" if not isinstance(error, ParityError) else str(error)
+    inner = frames[-1] if frames else None
+    last = next((i for i in reversed(range(len(frames))) if HARNESS in Path(frames[i].filename).parents), -1)
+    if inner is None or last == len(frames) - 1:
+        where = f" at {Path(inner.filename).name}:{inner.lineno}" if inner else ""
+        return "error", f"the harness itself raised {text}{where}"
+    called = frames[last].line or "a call"
+    return "failed", f"raised {text} ({Path(inner.filename).name}:{inner.lineno}, from `{called}`)"
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keeps what libraries and ports print, warn and log inside away from the terminal."""
+    sink = io.StringIO()
+    level = logging.root.manager.disable
+    hub_bars = _progress_bars()
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(sink), contextlib.redirect_stderr(sink):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)
+        for restore in hub_bars:
+            restore()
+
+
+def _progress_bars() -> list[Callable[[], None]]:
+    if "transformers" not in sys.modules:
+        return []
+    from transformers.utils import logging as transformers_logging
+
+    if not transformers_logging.is_progress_bar_enabled():
+        return []
+    transformers_logging.disable_progress_bar()
+    return [transformers_logging.enable_progress_bar]
+
+
+def too_few(ports: Sequence[Port], results: Sequence[Result], options: Options, *, filtered: bool = False) -> list[str]:
+    """One line for every port of which fewer checks ran than it, or the options, ask for.
+
+    A port's own `min_checks` counts only when nothing was filtered out, by the options or otherwise.
+    """
+    filtered = filtered or bool(options.checks or options.backends or options.dtypes)
+    lines = []
+    for port in ports:
+        least = max(options.min_checks, 0 if filtered else port.min_checks)
+        run = checks_run(result for result in results if result.port == port.name)
+        if run < least:
+            lines.append(f"port '{port.name}': {run} checks ran, {least} were asked for")
+    return lines
+
+
+def run_ports(
+    ports: Sequence[Port], options: Options, *, on_result: Callable[[Result], None] | None = None
+) -> list[Result]:
+    """Runs every item of the ports, calling `on_result` after each. Raises NotHere and DescriptionError only."""
+    require_backends(options)
+    items = plan(ports, options)
+    results = []
+    with session() as shared:
+        for item in items:
+            results.append(run_item(item, options, shared))
+            if on_result is not None:
+                on_result(results[-1])
+    return results
+
+
+def header_of(options: Options) -> Header:
+    """What a report says above its results."""
+    from harness.bundles import versions
+    from harness.report import Header
+
+    seed = options.seed if options.seed is not None or options.profile == "nightly" else 0
+    return Header(profile=options.profile, seed=seed, versions=versions())
+
+
+def check_parity(port: Port, **options: Any) -> list[Result]:
+    """Runs the checks of one port; keyword options are the fields of `Options`. Never raises for a failed check."""
+    return run_ports([port], Options(**options))
+
+
+def exit_code(results: Sequence[Result], complaints: Sequence[str]) -> int:
+    """0 when everything holds, 1 when a check failed or too few ran."""
+    return int(bool(complaints) or any(result.status in BAD for result in results))

@@ -1,0 +1,237 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One check at work on one port: building the original and the port from a case, and running both."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import inspect
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from harness import numerics
+from harness.backends import pytorch
+from harness.cases import Case
+from harness.cases.batches import Batch, draw_batch
+from harness.cases.weights import sensitising_state
+from harness.errors import DescriptionError, Mismatch
+from harness.families import Family, Fields, nearest
+from harness.ports import Port, load_object
+
+if TYPE_CHECKING:
+    from harness.sandbox import Sandbox
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Trial:
+    """What a check is given beside its case: the port, how the weights travel, and where the port runs.
+
+    workdir is an empty directory of this trial's own; `sandbox` starts fresh processes.
+    """
+
+    port: Port
+    family: Family
+    route: str
+    backend: str
+    dtype: str
+    workdir: Path
+    sandbox: Sandbox
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Pair:
+    """Original (float64, CPU) and port (the trial's dtype and backend) with the same weights, and a batch."""
+
+    original: torch.nn.Module
+    port: torch.nn.Module
+    batch: Batch
+
+
+def original_class(trial: Trial) -> type:
+    """The class that is the truth: the repository's own where the port names one, else the family's."""
+    return load_class(trial.port.original or trial.family.original, trial.port.root)
+
+
+def load_class(spec: str, root: Path) -> type:
+    """The class a spec names. Raises DescriptionError when it names something else."""
+    found = load_object(spec, root=root)
+    if not isinstance(found, type):
+        raise DescriptionError(f"'{spec}' is a {type(found).__name__}, not a class")
+    return found
+
+
+def original_model(trial: Trial, case: Case, *, dtype: str = "float64") -> torch.nn.Module:
+    """The original with the case's sensitising weights, in evaluation mode on the CPU."""
+    module = initial_original(trial, case.fields)
+    module.load_state_dict(sensitising_state(module, gains=trial.family.gains, seed=case.seed))
+    return module.to(pytorch.DTYPES[dtype]).eval()
+
+
+def initial_original(trial: Trial, fields: Fields) -> torch.nn.Module:
+    """The original as its own initialisation leaves it."""
+    return trial.family.build_original(original_class(trial), fields)
+
+
+def draw(trial: Trial, case: Case) -> Batch:
+    """The case's batch."""
+    vocabulary = case.fields[trial.family.vocabulary]
+    return draw_batch(rows=case.rows, tokens=case.tokens, vocabulary=vocabulary, seed=case.seed)
+
+
+def prepare(trial: Trial, case: Case) -> Pair:
+    """Original, port and batch of a case; the weights travel by the trial's route."""
+    from harness.routes import carry
+
+    original = original_model(trial, case)
+    port = place(trial, carry(trial, case, original))
+    return Pair(original=original, port=port, batch=draw(trial, case))
+
+
+def place(trial: Trial, model: torch.nn.Module) -> torch.nn.Module:
+    """A port in the trial's dtype, on its device, in evaluation mode."""
+    return model.to(device=pytorch.device_of(trial.backend), dtype=pytorch.DTYPES[trial.dtype]).eval()
+
+
+def run_original(
+    trial: Trial, module: torch.nn.Module, tokens: torch.Tensor, targets: torch.Tensor | None = None
+) -> dict[str, torch.Tensor]:
+    """The original's outputs by name, without gradients."""
+    with torch.no_grad():
+        return trial.family.run_original(module, tokens, targets)
+
+
+def run_port(trial: Trial, model: torch.nn.Module, tokens: torch.Tensor, **options: Any) -> dict[str, Any]:
+    """The port's outputs by name, on the CPU, without gradients; `options` are further arguments of its forward."""
+    with torch.no_grad():
+        return outputs_of(trial, call_port(trial, model, tokens, **options))
+
+
+def port_logits(trial: Trial, model: torch.nn.Module, tokens: torch.Tensor, **options: Any) -> torch.Tensor:
+    """The port's logits (rows, tokens, vocabulary), on the CPU."""
+    logits: torch.Tensor = run_port(trial, model, tokens, **options)["logits"]
+    return logits
+
+
+def call_port(trial: Trial, model: torch.nn.Module, tokens: torch.Tensor | None, **options: Any) -> Any:
+    """What the port's forward returns, untouched; tensors are moved to the trial's device, None is not passed on."""
+    device = pytorch.device_of(trial.backend)
+    inputs = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in options.items()}
+    if tokens is not None:
+        inputs["input_ids"] = tokens.to(device)
+    with pytorch.autocast(trial.backend, trial.dtype):
+        return model(**{name: value for name, value in inputs.items() if value is not None})
+
+
+def outputs_of(trial: Trial, output: Any) -> dict[str, Any]:
+    """Outputs by name from what a forward returned: an output object, a mapping, or a tuple.
+
+    In a tuple the first tensor with three axes counts as logits and a first scalar as the loss, as Hugging Face
+    orders them. Tensors come back on the CPU. Raises Mismatch where there are no logits.
+    """
+    if isinstance(output, tuple) and not hasattr(output, "_fields"):
+        tensors = [value for value in output if isinstance(value, torch.Tensor)]
+        named: dict[str, Any] = {}
+        for value in tensors:
+            named.setdefault("logits" if value.ndim == 3 else "loss" if value.ndim == 0 else "other", value)
+    elif isinstance(output, Mapping):
+        named = dict(output)
+    else:
+        named = {"logits": output} if isinstance(output, torch.Tensor) else dict(vars(output))
+    if not isinstance(named.get("logits"), torch.Tensor):
+        raise Mismatch(
+            f"forward returned {type(output).__name__} without logits; a port returns an output with .logits"
+        )
+    return {name: value.cpu() if isinstance(value, torch.Tensor) else value for name, value in named.items()}
+
+
+def port_class(trial: Trial) -> type:
+    """The port's model class."""
+    return load_class(trial.port.model, trial.port.root)
+
+
+def config_class(trial: Trial) -> type:
+    """The port's configuration class."""
+    return load_class(trial.port.config, trial.port.root)
+
+
+def port_config(trial: Trial, fields: Fields, **options: Any) -> Any:
+    """The port's configuration for the original's fields. Raises Mismatch when a field has no place in it."""
+    cls = config_class(trial)
+    return cls(
+        **{port_field(trial, cls, name): value for name, value in fields.items()}, **_constants(trial, cls), **options
+    )
+
+
+def port_field(trial: Trial, cls: type, field: str) -> str:
+    """The name of one of the original's fields in the port's configuration."""
+    if field in trial.port.config_map:
+        return trial.port.config_map[field]
+    accepted = accepted_fields(cls)
+    for name in (field, *trial.family.fields.get(field, ())):
+        if name in accepted:
+            return name
+    raise Mismatch(
+        f"{cls.__name__} has no field for the original's '{field}';"
+        f" name it in the port's config_map{nearest(field, sorted(accepted))}"
+    )
+
+
+def accepted_fields(cls: type) -> set[str]:
+    """The names a configuration class takes: parameters of its constructor, its dataclass fields and its aliases."""
+    parameters = list(inspect.signature(cls.__init__).parameters.values())[1:]  # type: ignore[misc]
+    named = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    fields = {name for name in getattr(cls, "__dataclass_fields__", {}) if not name.startswith("_")}
+    return named | fields | set(getattr(cls, "attribute_map", {}))
+
+
+def _constants(trial: Trial, cls: type) -> dict[str, Any]:
+    accepted = accepted_fields(cls)
+    return {name: value for name, value in trial.family.port_fields.items() if name in accepted}
+
+
+def require_semantics(
+    trial: Trial,
+    what: str,
+    actual: torch.Tensor,
+    expected: torch.Tensor,
+    *,
+    run: Callable[[], Any] | None = None,
+    baseline: Callable[[], torch.Tensor] | None = None,
+    first_divergence: str | None = None,
+) -> dict[str, float]:
+    """Checks a port's tensor against the float64 oracle, with the bound of the trial's dtype; gives the numbers.
+
+    float64: 1e-9 relative, or 1e-5 when `run`, the port's computation, is seen to narrow to float32 inside.
+    Anything less: calibrated against `baseline`, the original's tensor at that dtype, or 1000 units in the last place.
+    """
+    if trial.dtype != "float64":
+        epsilon = pytorch.epsilon(trial.dtype)
+        if baseline is not None:
+            return numerics.require_calibrated(what, actual, baseline(), expected, epsilon=epsilon)
+        return {"error": numerics.require_close(what, actual, expected, bound=1000 * epsilon)}
+    bound = numerics.SEMANTICS_BOUND
+    numerics.require_shape(what, actual, expected)
+    error = numerics.relative_error(actual, expected)
+    metrics = {"error": error}
+    if bound < error <= numerics.FLOAT32_INSIDE_BOUND and run is not None and pytorch.float32_inside(run):
+        bound = numerics.FLOAT32_INSIDE_BOUND
+        metrics["float32_inside"] = 1.0
+    numerics.require_close(what, actual, expected, bound=bound, first_divergence=first_divergence)
+    return metrics
+
+
+def copied(model: torch.nn.Module) -> torch.nn.Module:
+    """An independent copy, ties kept."""
+    return copy.deepcopy(model)
+
+
+def worst(*metrics: Mapping[str, float]) -> dict[str, float]:
+    """The largest of each number."""
+    largest: dict[str, float] = {}
+    for numbers in metrics:
+        for name, value in numbers.items():
+            largest[name] = max(value, largest.get(name, value))
+    return largest
