@@ -1,0 +1,322 @@
+# SPDX-License-Identifier: Apache-2.0
+"""nanoGPT's own checkpoint file, `ckpt.pt`: read in each of its dialects, written so that nanoGPT can resume.
+
+The dialects are those of karpathy/nanoGPT from its first revision to commit
+3adf61e154c3fe3fca428ad6bc3818b27a3b8291, and of the ports that kept GPT-2's mask buffers.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import re
+import secrets
+import warnings
+import zipfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+_COMPILED_PREFIX = "_orig_mod."
+_EMBEDDING = "transformer.wte.weight"
+_HEAD = "lm_head.weight"
+_MASK_BUFFER = re.compile(r"transformer\.h\.\d+\.attn\.(bias|masked_bias)")
+_REQUIRED_ARGS = ("n_layer", "n_head", "n_embd", "block_size")
+_OPTIONAL_ARGS = ("bias", "vocab_size", "dropout")
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+class CheckpointError(ValueError):
+    """A file is not a usable checkpoint; the message is one line: the file, what is wrong, what was expected."""
+
+    def __init__(self, path: str | os.PathLike[str], fault: str) -> None:
+        super().__init__(f"{os.fspath(path)}: {' '.join(fault.split())}")
+
+
+@dataclass(frozen=True)
+class NanoGPTCheckpoint:
+    """What a checkpoint holds, in one form whatever its dialect.
+
+    `model_args` has all of `GPTConfig`'s fields, `state_dict` exactly the keys of the original's, with one tensor
+    for the embedding and the head.
+    """
+
+    model_args: dict[str, Any]
+    state_dict: dict[str, Tensor]
+    iter_num: int = 0
+    best_val_loss: float = 1e9
+    config: dict[str, Any] = field(default_factory=dict)
+
+
+def load_checkpoint(path: str | os.PathLike[str]) -> NanoGPTCheckpoint:
+    """Read a nanoGPT checkpoint onto the CPU without running any code from it.
+
+    Understood are files with and without biases; with the prefix of a compiled model; with the causal masks
+    that revisions before torch 2 stored; without `bias` (there was one), `vocab_size` (then 50257; the rows of the
+    embedding say so), `dropout`, `iter_num`, `best_val_loss`, `config` or the head. Where head and embedding differ
+    the head wins with a warning, because that is what nanoGPT's own loading does.
+
+    Raises:
+        CheckpointError: the file is missing, truncated, not a zip archive or holds anything but tensors and
+            plain values, or its tensors are not exactly those that its `model_args` ask for, all finite.
+    """
+    contents = _read(path)
+    if not isinstance(contents, Mapping):
+        raise CheckpointError(path, f"holds a {type(contents).__name__}, expected a dictionary with 'model'")
+    for key in ("model", "model_args"):
+        if not isinstance(contents.get(key), Mapping):
+            found = ", ".join(sorted(map(str, contents))[:8]) or "nothing"
+            raise CheckpointError(path, f"has no dictionary under the key {key!r}; found: {found}")
+
+    state_dict = _normalise_names(path, contents["model"])
+    model_args = _check_model_args(path, contents["model_args"], state_dict)
+    iter_num, best_val_loss = contents.get("iter_num", 0), contents.get("best_val_loss", 1e9)
+    config = contents.get("config", {})
+    try:
+        iter_num, best_val_loss = int(iter_num), float(best_val_loss)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        raise CheckpointError(path, "iter_num and best_val_loss are expected to be numbers") from None
+    if not isinstance(config, Mapping):
+        raise CheckpointError(path, f"config is a {type(config).__name__}, expected a dictionary")
+    return NanoGPTCheckpoint(
+        model_args=model_args,
+        state_dict=_check_tensors(path, model_args, state_dict),
+        iter_num=iter_num,
+        best_val_loss=best_val_loss,
+        config=dict(config),
+    )
+
+
+def save_checkpoint(
+    path: str | os.PathLike[str],
+    *,
+    state_dict: Mapping[str, Tensor],
+    model_args: Mapping[str, Any],
+    iter_num: int = 0,
+    best_val_loss: float = 1e9,
+    config: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a checkpoint that nanoGPT's `train.py` resumes from and its strict loading accepts.
+
+    The optimizer starts anew with `train.py`'s default settings: a port has no moments to hand over, but
+    resuming demands the entry. The file appears complete or not at all, whatever interrupts the writing.
+
+    Raises:
+        OSError: the file cannot be written; the message names it.
+        ValueError: the tensors are not those of a nanoGPT model with these `model_args`.
+    """
+    path = Path(path)
+    names = expected_shapes(model_args)
+    if unpaired := sorted(set(names) ^ set(state_dict)):
+        raise ValueError(f"these tensors are missing, or unknown to nanoGPT: {_listed(unpaired)}")
+    tensors = {name: _own_storage(state_dict[name]) for name in names}
+    tensors[_HEAD] = tensors[_EMBEDDING]
+    contents = {
+        "model": tensors,
+        "optimizer": _fresh_optimizer_state(tensors),
+        "model_args": dict(model_args),
+        "iter_num": iter_num,
+        "best_val_loss": best_val_loss,
+        "config": dict(config or {}),
+    }
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    try:
+        _write(contents, temporary)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, os.fspath(path)) from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def expected_shapes(model_args: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Return name and shape of every tensor of a model, in the order of the original's state dict."""
+    width, vocab_size = model_args["n_embd"], model_args["vocab_size"]
+
+    def affine(name: str, *shape: int) -> dict[str, tuple[int, ...]]:
+        return {f"{name}.weight": shape} | ({f"{name}.bias": shape[:1]} if model_args["bias"] else {})
+
+    shapes: dict[str, tuple[int, ...]] = {
+        _EMBEDDING: (vocab_size, width),
+        "transformer.wpe.weight": (model_args["block_size"], width),
+    }
+    for layer in range(model_args["n_layer"]):
+        block = f"transformer.h.{layer}"
+        shapes |= affine(f"{block}.ln_1", width)
+        shapes |= affine(f"{block}.attn.c_attn", 3 * width, width)
+        shapes |= affine(f"{block}.attn.c_proj", width, width)
+        shapes |= affine(f"{block}.ln_2", width)
+        shapes |= affine(f"{block}.mlp.c_fc", 4 * width, width)
+        shapes |= affine(f"{block}.mlp.c_proj", width, 4 * width)
+    shapes |= affine("transformer.ln_f", width)
+    return shapes | {_HEAD: (vocab_size, width)}
+
+
+def _read(path: str | os.PathLike[str]) -> Any:
+    """Unpickle tensors and plain values, and nothing else."""
+    try:
+        with open(path, "rb") as file:
+            _check_archive(path, file)
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except CheckpointError:
+        raise
+    except FileNotFoundError:
+        raise CheckpointError(path, "not found; expected a checkpoint of nanoGPT's train.py") from None
+    except OSError as error:
+        raise CheckpointError(path, f"cannot be read: {error.strerror or error}") from None
+    except pickle.UnpicklingError as error:
+        culprit = re.search(r"GLOBAL ([\w.]+)", str(error))
+        what = f" ({culprit[1]})" if culprit else ""
+        raise CheckpointError(
+            path, f"its pickle would run code or make an object{what}; expected only tensors and plain values"
+        ) from None
+    except Exception as error:  # a damaged archive fails in many ways inside torch
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise CheckpointError(path, f"is damaged or truncated: {reason[0][:200]}") from None
+
+
+def _check_archive(path: str | os.PathLike[str], file: BinaryIO) -> None:
+    """Make sure that the file is a whole zip archive that does not unpack to more than itself."""
+    head = file.read(4)
+    if not zipfile.is_zipfile(file):
+        fault = "is a truncated zip archive" if head.startswith(b"PK") else "is not a zip archive"
+        raise CheckpointError(path, f"{fault}; expected a file that torch.save wrote")
+    with zipfile.ZipFile(file) as archive:
+        unpacked = sum(member.file_size for member in archive.infolist())
+        if unpacked > file.seek(0, os.SEEK_END):
+            raise CheckpointError(path, f"would unpack to {unpacked} bytes; expected no more than its own size")
+        # torch does not look at the checksums that it writes.
+        if (damaged := archive.testzip()) is not None:
+            raise CheckpointError(path, f"is damaged: {damaged} does not have the checksum it was written with")
+    file.seek(0)
+
+
+def _normalise_names(path: str | os.PathLike[str], model: Mapping[Any, Any]) -> dict[str, Tensor]:
+    """Strip the prefix of a compiled model and put the tied tensor under both of its names."""
+    state_dict = {str(name).removeprefix(_COMPILED_PREFIX): tensor for name, tensor in model.items()}
+    if len(state_dict) != len(model):
+        raise CheckpointError(path, f"has tensors both with and without the prefix {_COMPILED_PREFIX!r}")
+    for name, tensor in state_dict.items():
+        if not isinstance(tensor, Tensor):
+            raise CheckpointError(path, f"{name} is a {type(tensor).__name__}, expected a tensor")
+    for name, twin in ((_HEAD, _EMBEDDING), (_EMBEDDING, _HEAD)):
+        if name in state_dict:
+            state_dict.setdefault(twin, state_dict[name])
+    return state_dict
+
+
+def _check_model_args(
+    path: str | os.PathLike[str], given: Mapping[Any, Any], state_dict: Mapping[str, Tensor]
+) -> dict[str, Any]:
+    """Return all hyperparameters, with what older files left out filled in."""
+    if missing := [name for name in _REQUIRED_ARGS if name not in given]:
+        raise CheckpointError(path, f"model_args lacks {', '.join(missing)}")
+    if unknown := sorted(str(name) for name in given if name not in _REQUIRED_ARGS + _OPTIONAL_ARGS):
+        raise CheckpointError(
+            path,
+            f"model_args has {', '.join(unknown)}, expected {', '.join(_REQUIRED_ARGS + _OPTIONAL_ARGS)}",
+        )
+    embedding = state_dict.get(_EMBEDDING)
+    rows = embedding.shape[0] if embedding is not None and embedding.ndim == 2 else 50257
+    args = {"bias": True, "vocab_size": rows, "dropout": 0.0} | {str(name): given[name] for name in given}
+    for name in (*_REQUIRED_ARGS, "vocab_size"):
+        if not isinstance(args[name], int) or isinstance(args[name], bool) or args[name] < 1:
+            raise CheckpointError(path, f"model_args has {name}={args[name]!r}, expected a whole number above 0")
+    if args["n_embd"] % args["n_head"] != 0:
+        raise CheckpointError(
+            path, f"model_args has n_embd={args['n_embd']}, expected a multiple of n_head={args['n_head']}"
+        )
+    if not isinstance(args["bias"], bool):
+        raise CheckpointError(path, f"model_args has bias={args['bias']!r}, expected True or False")
+    dropout = args["dropout"]
+    if isinstance(dropout, bool) or not isinstance(dropout, int | float) or not 0 <= dropout < 1:
+        raise CheckpointError(path, f"model_args has dropout={dropout!r}, expected a number from 0 up to 1")
+    return args
+
+
+def _check_tensors(
+    path: str | os.PathLike[str], model_args: Mapping[str, Any], state_dict: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Return the weights in the original's order, after making sure that they are all there and nothing else is."""
+    # A model of a billion layers is refused before its list of names is made.
+    if model_args["n_layer"] > len(state_dict):
+        raise CheckpointError(
+            path, f"model_args has n_layer={model_args['n_layer']}, but there are {len(state_dict)} tensors"
+        )
+    shapes = expected_shapes(model_args)
+    masks = {name for name in state_dict if _MASK_BUFFER.fullmatch(name)}
+    if missing := [name for name in shapes if name not in state_dict]:
+        raise CheckpointError(path, f"tensors are missing: {_listed(missing)}")
+    if left_over := [name for name in state_dict if name not in shapes and name not in masks]:
+        raise CheckpointError(path, f"tensors are left over, not part of the model: {_listed(left_over)}")
+    block_size = model_args["block_size"]
+    for name in masks:
+        shapes[name] = (1, 1, block_size, block_size) if name.endswith(".bias") else ()
+    for name, shape in shapes.items():
+        tensor = state_dict[name]
+        if tuple(tensor.shape) != shape:
+            found, sizes = tuple(tensor.shape), _sizes(model_args)
+            raise CheckpointError(path, f"{name} has shape {found}, expected {shape} from model_args {sizes}")
+        if name in masks:
+            continue
+        if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.dtype not in _DTYPES:
+            raise CheckpointError(path, f"{name} is {tensor.dtype}, expected a dense tensor of {_listed(_DTYPES)}")
+        # A small file can claim a huge tensor by repeating one number.
+        if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+            raise CheckpointError(path, f"{name} is larger than its data, expected all numbers in the file")
+        if not torch.isfinite(tensor).all():
+            raise CheckpointError(path, f"{name} contains NaN or infinite values, expected finite weights")
+    head, embedding = state_dict[_HEAD], state_dict[_EMBEDDING]
+    if head.dtype != embedding.dtype or not torch.equal(head, embedding):
+        warnings.warn(
+            f"{os.fspath(path)}: {_HEAD} and {_EMBEDDING} differ although they are one tensor in nanoGPT; "
+            f"{_HEAD} is used, as nanoGPT itself would",
+            stacklevel=3,
+        )
+    weights = {name: state_dict[name].detach() for name in shapes if name not in masks}
+    return weights | {_EMBEDDING: weights[_HEAD]}
+
+
+def _sizes(model_args: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}={model_args[name]}" for name in ("block_size", "vocab_size", "n_embd", "bias"))
+
+
+def _listed(names: Iterable[Any]) -> str:
+    shown = [str(name) for name in names]
+    return ", ".join(shown[:5]) + (f" and {len(shown) - 5} more" if len(shown) > 5 else "")
+
+
+def _own_storage(tensor: Tensor) -> Tensor:
+    """Return the tensor on the CPU, not as a view: torch.save writes whatever lies under a view as well."""
+    tensor = tensor.detach().cpu().contiguous()
+    alone = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+    return tensor if alone else tensor.clone()
+
+
+def _fresh_optimizer_state(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Return the state of the AdamW that `train.py` would make, before its first step."""
+    parameters = [torch.nn.Parameter(tensor) for name, tensor in tensors.items() if name != _HEAD]
+    groups = [
+        {"params": [parameter for parameter in parameters if parameter.dim() >= 2], "weight_decay": 0.1},
+        {"params": [parameter for parameter in parameters if parameter.dim() < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=6e-4, betas=(0.9, 0.95)).state_dict()
+
+
+def _write(contents: dict[str, Any], path: Path) -> None:
+    """Write a new file down to the disk."""
+    try:
+        with open(path, "xb") as file:
+            torch.save(contents, file)
+            file.flush()
+            os.fsync(file.fileno())
+    except RuntimeError as error:
+        # torch's writer hides what stopped it, a full disk or an interrupt, behind an error of its own.
+        cause: BaseException | None = error
+        while isinstance(cause, RuntimeError):
+            cause = cause.__context__
+        raise cause or error from None
