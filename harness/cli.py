@@ -44,6 +44,13 @@ def parser() -> argparse.ArgumentParser:
     repro.add_argument("--config", metavar="SPEC", help="use this configuration class instead, file.py:Class")
     repro.add_argument("--json", action="store_true", help="print one JSON document and nothing else")
     repro.set_defaults(run=_repro)
+    selftest = commands.add_parser("selftest", help="plant bugs in a described port and see whether the gate notices")
+    selftest.add_argument("--family", metavar="NAME", help="only ports of this family")
+    selftest.add_argument("--mutants", action="append", default=[], metavar="GLOB", help="only these (repeatable)")
+    selftest.add_argument("--jobs", type=int, default=2, metavar="N", help="processes side by side (default 2)")
+    selftest.add_argument("--everything", action="store_true", help="run every check, to know every killer")
+    selftest.add_argument("--json", action="store_true", help="print one JSON document and nothing else")
+    selftest.set_defaults(run=_selftest)
     from harness.golden import add_golden_parser, run_golden
 
     add_golden_parser(commands)
@@ -187,6 +194,38 @@ def _repro(arguments: argparse.Namespace) -> int:
         for name, value in result.metrics.items():
             print(f"          {name} {value:.3g}, recorded {recorded['metrics'].get(name, 'not')}")
     return EXIT_FAILED if result.status in ("failed", "error") else EXIT_HOLDS
+
+
+def _selftest(arguments: argparse.Namespace) -> int:
+    import dataclasses
+    import fnmatch
+
+    from harness.families import family_names, nearest
+    from harness.mutants import mutants_of, score, selftest, table
+    from harness.ports import family_of, read_ports, select_ports
+
+    if arguments.family and arguments.family not in family_names():
+        raise DescriptionError(f"there is no family '{arguments.family}'{nearest(arguments.family, family_names())}")
+    directory = Path.cwd()
+    verdicts = []
+    for port in select_ports(read_ports(directory), [], directory=directory):
+        if arguments.family not in (None, port.family) or family_of(port).mutants is None:
+            continue
+        mutants = mutants_of(family_of(port))
+        chosen = [
+            m for m in mutants if not arguments.mutants or any(fnmatch.fnmatch(m.id, g) for g in arguments.mutants)
+        ]
+        for verdict in selftest(port, chosen, jobs=arguments.jobs, everything=arguments.everything):
+            verdicts.append(verdict)
+            if not arguments.json:
+                print(table([verdict]), flush=True)
+    if not verdicts:
+        raise DescriptionError("no described port has mutants to plant, or no mutant's id matches")
+    if arguments.json:
+        print(json.dumps([dataclasses.asdict(verdict) for verdict in verdicts], indent=2))
+    else:
+        print(score(verdicts))
+    return EXIT_HOLDS if all(verdict.good for verdict in verdicts) else EXIT_FAILED
 
 
 if __name__ == "__main__":

@@ -70,7 +70,7 @@ class Family:
     taps: fields -> the places to compare, in the order data passes them.
     gains: regular expression on the original's keys -> factor on the sensitising weights of that tensor.
     write_checkpoint: (module, fields, path, training state or None) writes the original's own file.
-    read_checkpoint: path -> state dict, as the original's own resume code would load it.
+    read_checkpoint: path -> (fields, state dict), as the original's own resume code would read them.
     checkpoint_name: the file name `write_checkpoint` output goes by.
     generate_original: (module, prompt, keyword options max_new_tokens, temperature, top_k) -> prompt + new tokens.
     parameter_groups: (original module, weight decay) -> AdamW groups of the original.
@@ -99,7 +99,7 @@ class Family:
     taps: Callable[[Fields], Sequence[Tap]] | None = None
     gains: Mapping[str, float] = dataclasses.field(default_factory=dict)
     write_checkpoint: Callable[..., None] | None = None
-    read_checkpoint: Callable[[str], dict[str, torch.Tensor]] | None = None
+    read_checkpoint: Callable[[str], tuple[Fields, dict[str, torch.Tensor]]] | None = None
     checkpoint_name: str = "checkpoint.pt"
     generate_original: Callable[..., torch.Tensor] | None = None
     parameter_groups: Callable[[torch.nn.Module, float], list[dict[str, Any]]] | None = None

@@ -11,6 +11,7 @@ import os
 import queue
 import shutil
 import signal
+import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -33,7 +34,7 @@ class Mutant:
     """One planted bug, or a harmless rewrite, as an exact edit of the source.
 
     id: short, unique in its family. file: the edited file, relative to the port's root. find: text that occurs in it
-    exactly once. replace: what stands there instead. bug: what a person would call it. killers: patterns of checks
+    exactly `times` times. replace: what stands there instead. bug: what a person would call it. killers: patterns of checks
     that are expected to notice; none for a harmless rewrite, on which the gate must stay green.
     """
 
@@ -43,6 +44,7 @@ class Mutant:
     replace: str
     bug: str
     killers: Sequence[str] = ()
+    times: int = 1
 
     @property
     def harmless(self) -> bool:
@@ -52,13 +54,17 @@ class Mutant:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Trapped:
-    """What became of a mutant: killed or survived (green or red for a harmless one), by which checks, how fast."""
+    """What became of a mutant: killed or survived (green or red for a harmless one), by which checks, how fast.
+
+    missed names the checks that were expected to notice and did not.
+    """
 
     mutant: str
     bug: str
     harmless: bool
     verdict: Verdict
     killers: Sequence[str]
+    missed: Sequence[str]
     reason: str
     seconds: float
 
@@ -66,6 +72,26 @@ class Trapped:
     def good(self) -> bool:
         """Whether the gate did what it should."""
         return self.verdict in ("killed", "green")
+
+
+def table(verdicts: Sequence[Trapped]) -> str:
+    """One line for each verdict: what became of it, how fast, by which checks."""
+    return "\n".join(
+        f"{v.verdict:<9} {v.seconds:6.1f} s  {v.mutant:<28} {', '.join(v.killers) or v.bug}"
+        + (f" (not by {', '.join(v.missed)})" if v.killers and v.missed else "")
+        for v in verdicts
+    )
+
+
+def score(verdicts: Sequence[Trapped]) -> str:
+    """The closing line: how many bugs were killed, how many harmless rewrites stayed green."""
+    bugs = [verdict for verdict in verdicts if not verdict.harmless]
+    others = [verdict for verdict in verdicts if verdict.harmless]
+    seconds = sorted(verdict.seconds for verdict in bugs) or [0.0]
+    return (
+        f"{sum(verdict.good for verdict in bugs)} of {len(bugs)} planted bugs killed, in a median of"
+        f" {seconds[len(seconds) // 2]:.1f} s; {sum(v.good for v in others)} of {len(others)} harmless rewrites green"
+    )
 
 
 def mutants_of(family: Family) -> tuple[Mutant, ...]:
@@ -80,14 +106,16 @@ def mutants_of(family: Family) -> tuple[Mutant, ...]:
 
 
 def mutated_source(mutant: Mutant, root: Path) -> str:
-    """The file with the bug in it. Raises DescriptionError when the edit does not match exactly once."""
+    """The file with the bug in it. Raises DescriptionError when the edit does not match as often as it says."""
     path = root / mutant.file
     if not path.is_file():
         raise DescriptionError(f"mutant '{mutant.id}': there is no file {path}")
     source = path.read_text(encoding="utf-8")
     count = source.count(mutant.find)
-    if count != 1:
-        raise DescriptionError(f"mutant '{mutant.id}': its text occurs {count} times in {mutant.file}, expected once")
+    if count != mutant.times:
+        raise DescriptionError(
+            f"mutant '{mutant.id}': its text occurs {count} times in {mutant.file}, expected {mutant.times}"
+        )
     return source.replace(mutant.find, mutant.replace)
 
 
@@ -105,8 +133,8 @@ def plant(mutant: Mutant, port: Port, directory: Path) -> Port:
 def selftest(port: Port, mutants: Sequence[Mutant], *, jobs: int = 2, everything: bool = False) -> Iterator[Trapped]:
     """What becomes of each mutant, as verdicts come in.
 
-    Checks expected to kill run first, and the first failure is the verdict; with `everything` all checks run, so that
-    every killer is known. Each mutant runs in a process of its own, forked from one of `jobs` that have everything
+    Checks expected to kill run first, and a failure among them is the verdict; with `everything` all checks run, so
+    that every killer is known. Each mutant runs in a process of its own, forked from one of `jobs` that have everything
     imported. Raises DescriptionError before anything runs when an edit does not match.
     """
     for mutant in mutants:
@@ -121,12 +149,15 @@ def selftest(port: Port, mutants: Sequence[Mutant], *, jobs: int = 2, everything
     ]
     for worker in workers:
         worker.start()
+    finished = False
     try:
         for _ in mutants:
             yield _next(done, workers)
+        finished = True
     finally:
         for worker in workers:
-            worker.terminate()
+            if not finished:
+                worker.terminate()
             worker.join()
 
 
@@ -151,7 +182,7 @@ def _work(port: Port, todo: Any, done: Any, everything: bool) -> None:
     del transformers
     for check in CATALOGUE:
         function_of(check)
-    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     with session() as shared:
         shared.sandbox.warm_up()
         while True:
@@ -187,6 +218,7 @@ def _verdict(mutant: Mutant, port: Port, shared: Any, everything: bool) -> Trapp
         harmless=mutant.harmless,
         verdict=verdict,
         killers=list(dict.fromkeys(killers)),
+        missed=[pattern for pattern in mutant.killers if not fnmatch.filter(killers, pattern)],
         reason=reason,
         seconds=time.monotonic() - started,
     )
@@ -200,14 +232,15 @@ def _judge_in_child(mutant: Mutant, port: Port, shared: Any, everything: bool, d
     try:
         os.setsid()
         planted = plant(mutant, port, directory / "port")
-        options = Options(backends=("torch-cpu",))
+        options = Options(backends=("torch-cpu",), shrink_seconds=0.0)
         items = plan([planted], options)
-        items.sort(key=lambda item: not any(fnmatch.fnmatch(item.check.id, pattern) for pattern in mutant.killers))
+        items.sort(key=lambda item: not _is_expected(mutant, item.check.id))
         entries = []
         for item in items:
             result = run_item(item, options, shared)
             entries.append({"check": result.check, "status": result.status, "reason": result.reason})
-            if result.status in BAD and not everything:
+            expected = sum(1 for each in items if _is_expected(mutant, each.check.id))
+            if not everything and len(entries) >= expected and any(entry["status"] in BAD for entry in entries):
                 break
         temporary = answer.with_suffix(".tmp")
         temporary.write_text(json.dumps(entries))
@@ -217,6 +250,10 @@ def _judge_in_child(mutant: Mutant, port: Port, shared: Any, everything: bool, d
         print(f"selftest: {mutant.id}: {type(error).__name__}: {error}", flush=True)
     finally:
         os._exit(code)
+
+
+def _is_expected(mutant: Mutant, check: str) -> bool:
+    return any(fnmatch.fnmatch(check, pattern) for pattern in mutant.killers)
 
 
 def _wait(child: int, seconds: float) -> bool:

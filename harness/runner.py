@@ -35,9 +35,6 @@ if TYPE_CHECKING:
 PROFILES = {"gate": 1, "thorough": 6, "nightly": 30}
 """How many times the catalogue's number of examples a profile draws."""
 
-SHRINK_SECONDS = 20.0
-"""How long a failing case is made smaller."""
-
 HARNESS = Path(__file__).parent
 
 
@@ -46,7 +43,7 @@ class Options:
     """What to run. Empty `backends`, `dtypes` and `checks` mean all; `seed` None means the profile's own.
 
     checks are shell patterns on check ids. require names backends that must be here. report is where bundles of
-    failures and the reports go; without it there are none.
+    failures and the reports go; without it there are none. shrink_seconds bounds how long a failing case shrinks.
     """
 
     backends: Sequence[str] = ()
@@ -57,6 +54,7 @@ class Options:
     report: Path | None = None
     min_checks: int = 0
     require: Sequence[str] = ()
+    shrink_seconds: float = 10.0
 
     def __post_init__(self) -> None:
         from harness.backends.names import DTYPES
@@ -230,7 +228,7 @@ def _explore(item: Item, options: Options, shared: Session, directory: Path) -> 
         examples=item.check.examples * PROFILES[options.profile],
         seed=seed_of(item, options),
         database=options.profile == "nightly",
-        shrink_seconds=SHRINK_SECONDS,
+        shrink_seconds=options.shrink_seconds,
     )
     examples = len(passed) + (failure.attempts if failure else 0)
     if failure is not None:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -221,6 +221,21 @@ def require_semantics(
         metrics["float32_inside"] = 1.0
     numerics.require_close(what, actual, expected, bound=bound, first_divergence=first_divergence)
     return metrics
+
+
+def each_attention(model: Any) -> Iterator[str]:
+    """Sets the port's attention implementations one after the other, and yields the name of each: its own, then eager.
+
+    A port that has only one yields that alone.
+    """
+    if not hasattr(model, "set_attn_implementation"):
+        yield "its own"
+        return
+    own = getattr(model.config, "_attn_implementation", None) or "sdpa"
+    for name in dict.fromkeys((own, "eager")):
+        model.set_attn_implementation(name)
+        yield name
+    model.set_attn_implementation(own)
 
 
 def copied(model: torch.nn.Module) -> torch.nn.Module:

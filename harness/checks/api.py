@@ -146,7 +146,7 @@ def auto_classes(trial: Trial, case: Case) -> dict[str, float]:
     import transformers
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    cls: Any = config_class(trial)
+    model_class, cls = port_class(trial), config_class(trial)  # importing the model's file is what registers it
     model_type = getattr(cls, "model_type", "")
     if not model_type:
         raise Mismatch(f"{cls.__name__} has no model_type")
@@ -158,11 +158,11 @@ def auto_classes(trial: Trial, case: Case) -> dict[str, float]:
         )
     auto = getattr(transformers, trial.family.port_auto_class)
     made = auto.from_config(port_config(trial, case.fields))
-    if not isinstance(made, port_class(trial)):
+    if not isinstance(made, model_class):
         raise Mismatch(f"{trial.family.port_auto_class} makes {type(made).__name__} of the port's configuration")
     directory = save(trial, case, original_model(trial, case, dtype="float32"))
     loaded = auto.from_pretrained(directory)
-    if not isinstance(loaded, port_class(trial)):
+    if not isinstance(loaded, model_class):
         raise Mismatch(f"{trial.family.port_auto_class} loads a saved port as {type(loaded).__name__}")
     return {}
 

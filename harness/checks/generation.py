@@ -12,7 +12,7 @@ from harness.backends import pytorch
 from harness.cases import Case
 from harness.cases.batches import draw_batch
 from harness.errors import Mismatch
-from harness.numerics import SEMANTICS_BOUND, first_difference, top_two_gap
+from harness.numerics import FLOAT32_INSIDE_BOUND, first_difference, require_close, top_two_gap
 from harness.ports import first_line
 from harness.trial import (
     Pair,
@@ -25,16 +25,17 @@ from harness.trial import (
     worst,
 )
 
+BEAMS, BEAM_STEPS = 4, 6
+
 
 def greedy(trial: Trial, case: Case) -> dict[str, float]:
-    """Greedy tokens equal the original's, with the port's default settings.
+    """Greedy tokens equal the original's, with the port's default settings, and so do the logits behind each.
 
     At the first different token the two best logits must be closer than the bound, or it is a failure. Would have
     caught: sampling by default, a stop token of another model, a cache that is off by one.
     """
     pair, prompt, count = _prompted(trial, case)
-    actual = _generate(trial, pair.port, prompt, max_new_tokens=count)
-    return _same_tokens(trial, pair, actual, greedy_tokens(trial, pair.original, prompt, count))
+    return _continues(trial, pair, prompt, count)
 
 
 def past_maximum(trial: Trial, case: Case) -> dict[str, float]:
@@ -46,8 +47,7 @@ def past_maximum(trial: Trial, case: Case) -> dict[str, float]:
     pair, prompt, _ = _prompted(trial, case)
     maximum = case.fields[trial.family.maximum_length]
     count = maximum - prompt.shape[1] + 4
-    actual = _generate(trial, pair.port, prompt, max_new_tokens=count, use_cache=False)
-    numbers = _same_tokens(trial, pair, actual, greedy_tokens(trial, pair.original, prompt, count))
+    numbers = _continues(trial, pair, prompt, count, use_cache=False)
     try:
         cached = _generate(trial, pair.port, prompt, max_new_tokens=count, use_cache=True)
     except ValueError as error:
@@ -59,8 +59,8 @@ def past_maximum(trial: Trial, case: Case) -> dict[str, float]:
             f"generation past {maximum} tokens with a cache ends in {type(error).__name__}: {first_line(error)};"
             f" expected a ValueError that names {maximum}"
         ) from None
-    if not torch.equal(cached, actual):
-        raise Mismatch(f"generation past {maximum} tokens gives other tokens with a cache than without")
+    if not torch.equal(cached.tokens, greedy_tokens(trial, pair.original, prompt, count)):
+        raise Mismatch(f"generation past {maximum} tokens with a cache gives other tokens than the original")
     return numbers
 
 
@@ -99,7 +99,7 @@ def sampled(trial: Trial, case: Case) -> dict[str, float]:
             expected = _native(trial)(original, prompt, max_new_tokens=count, temperature=temperature, top_k=top_k)
         torch.manual_seed(case.seed)
         options = {"do_sample": True, "temperature": temperature, "top_k": top_k or 0, "top_p": 1.0}
-        actual = _generate(trial, pair.port, prompt, max_new_tokens=count, **options)
+        actual = _generate(trial, pair.port, prompt, max_new_tokens=count, **options).tokens
         different = first_difference(actual, expected)
         if different:
             raise Mismatch(
@@ -110,67 +110,62 @@ def sampled(trial: Trial, case: Case) -> dict[str, float]:
 
 
 def batch(trial: Trial, case: Case) -> dict[str, float]:
-    """Rows generated together are the rows generated alone.
+    """Rows generated together are the rows that the original generates alone.
 
     Would have caught: one row's finished flag or cache used for all.
     """
     pair, prompt, count = _prompted(trial, dataclasses.replace(case, rows=3))
     together = _generate(trial, pair.port, prompt, max_new_tokens=count)
-    for row in range(3):
-        alone = _generate(trial, pair.port, prompt[row : row + 1], max_new_tokens=count)
-        _same_tokens(trial, pair, together[row : row + 1], alone)
-    return {}
+    return worst(*(_follows(trial, pair, together.row(row), prompt.shape[1]) for row in range(3)))
 
 
 def left_padded(trial: Trial, case: Case) -> dict[str, float]:
-    """A left-padded prompt in a batch continues as it does alone.
+    """A left-padded prompt in a batch continues as the original continues it alone, with a cache and without.
 
     Would have caught: positions counted over padding at the first step, or at every one after it.
     """
-    pair, prompt, count = _prompted(trial, dataclasses.replace(case, rows=2))
+    pair, prompt, count = _prompted(trial, dataclasses.replace(case, rows=2, tokens=max(case.tokens, 2)))
     width = prompt.shape[1]
-    padding = min(case.seed % 3 + 1, width - 1)
-    if not padding:
-        padding, prompt = 1, torch.cat([prompt, prompt], dim=1)
-        count = max(1, min(count, case.fields[trial.family.maximum_length] - prompt.shape[1]))
-    tokens, mask = prompt.clone(), torch.ones_like(prompt)
+    padding = 1 + case.seed % (width - 1)
+    mask = torch.ones_like(prompt)
     mask[1, :padding] = 0
-    together = _generate(trial, pair.port, tokens, max_new_tokens=count, attention_mask=mask)
-    expected = greedy_tokens(trial, pair.original, prompt[1:, padding:], count)
-    _same_tokens(trial, pair, together[1:, padding:], expected)
-    return _same_tokens(trial, pair, together[:1], greedy_tokens(trial, pair.original, prompt[:1], count))
+    numbers = []
+    for use_cache in (True, False):
+        options = {"max_new_tokens": count, "attention_mask": mask, "use_cache": use_cache}
+        together = _generate(trial, pair.port, prompt, **options)
+        numbers.append(_follows(trial, pair, together.row(0), width))
+        numbers.append(_follows(trial, pair, together.row(1, padding), width - padding))
+    return worst(*numbers)
 
 
 def beam(trial: Trial, case: Case) -> dict[str, float]:
-    """Beam search as wide as the vocabulary finds the most probable pair of next tokens that the original knows.
+    """Beam search ends with the beams that a plain beam search over the original's probabilities ends with.
 
-    Over two steps such a beam leaves nothing out, so the original's probabilities of all pairs are the oracle. Would
-    have caught: a cache that is not reordered with its beams.
+    Would have caught: a cache that is not reordered with its beams.
     """
-    pair, prompt, _ = _prompted(trial, dataclasses.replace(case, rows=1))
-    prompt = prompt[:, : case.fields[trial.family.maximum_length] - 2]
-    vocabulary = case.fields[trial.family.vocabulary]
-    first = _log_probabilities(trial, pair.original, prompt)[0]
-    continued = torch.cat([prompt.expand(vocabulary, -1), torch.arange(vocabulary)[:, None]], dim=1)
-    pairs = first[:, None] + _log_probabilities(trial, pair.original, continued)
-    actual = _generate(trial, pair.port, prompt, max_new_tokens=2, num_beams=vocabulary)
-    found = pairs[int(actual[0, -2]), int(actual[0, -1])]
-    gap = float(pairs.max() - found)
-    if gap > 1e-6:
-        raise Mismatch(f"beam search ends {gap:.2g} below the most probable pair of tokens", metrics={"gap": gap})
+    maximum = case.fields[trial.family.maximum_length]
+    short = max(1, maximum - BEAM_STEPS)
+    pair, prompt, count = _prompted(trial, dataclasses.replace(case, rows=1, tokens=min(case.tokens, short)))
+    steps = min(count, BEAM_STEPS)
+    options = {"max_new_tokens": steps, "num_beams": BEAMS, "num_return_sequences": BEAMS}
+    actual = _generate(trial, pair.port, prompt, **options).tokens
+    found = sorted(_score(trial, pair.original, row[None], prompt.shape[1]) for row in actual)
+    expected = sorted(_best_beams(trial, pair.original, prompt, steps))
+    gap = max(abs(left - right) for left, right in zip(found, expected, strict=True))
+    if gap > 1e-5:
+        raise Mismatch(
+            f"beams end at log probabilities {_listed(found)}, expected {_listed(expected)}", metrics={"gap": gap}
+        )
     return {"gap": gap}
 
 
 def static_cache(trial: Trial, case: Case) -> dict[str, float]:
-    """Greedy tokens with a static cache equal the original's.
+    """Greedy tokens and their logits with a static cache equal the original's.
 
     Would have caught: a mask as long as the sequence where the cache is longer, positions read from the cache's size.
     """
     pair, prompt, count = _prompted(trial, case)
-    actual = _generate(
-        trial, pair.port, prompt, max_new_tokens=count, cache_implementation="static", disable_compile=True
-    )
-    return _same_tokens(trial, pair, actual, greedy_tokens(trial, pair.original, prompt, count))
+    return _continues(trial, pair, prompt, count, cache_implementation="static", disable_compile=True)
 
 
 def inputs_embeds(trial: Trial, case: Case) -> dict[str, float]:
@@ -181,9 +176,9 @@ def inputs_embeds(trial: Trial, case: Case) -> dict[str, float]:
     pair, prompt, count = _prompted(trial, case)
     embedding: Any = pair.port.get_input_embeddings()  # type: ignore[operator]
     embeds = embedding(prompt.to(embedding.weight.device)).detach()
-    actual = _generate(trial, pair.port, None, inputs_embeds=embeds, max_new_tokens=count)
-    expected = greedy_tokens(trial, pair.original, prompt, count)
-    return _same_tokens(trial, pair, torch.cat([prompt, actual], dim=1), expected)
+    made = _generate(trial, pair.port, None, inputs_embeds=embeds, max_new_tokens=count)
+    whole = dataclasses.replace(made, tokens=torch.cat([prompt, made.tokens], dim=1))
+    return _follows(trial, pair, whole, prompt.shape[1])
 
 
 def incremental_logits(trial: Trial, model: torch.nn.Module, tokens: torch.Tensor, chunks: list[int]) -> torch.Tensor:
@@ -213,14 +208,14 @@ def _incremental(trial: Trial, pair: Pair, chunks: list[int]) -> dict[str, float
 
 
 def _prompted(trial: Trial, case: Case) -> tuple[Pair, torch.Tensor, int]:
-    """The pair, a prompt (rows, tokens) that leaves room, and how many tokens to generate: at least one, within it."""
+    """The pair, a prompt (rows, tokens), and how many tokens fit behind it: the last one is never fed back."""
     maximum = case.fields[trial.family.maximum_length]
     length = max(1, min(case.tokens, maximum - 2))
     pair = prepare(trial, case)
     prompt = draw_batch(
         rows=case.rows, tokens=length, vocabulary=case.fields[trial.family.vocabulary], seed=case.seed
     ).tokens
-    return pair, prompt, maximum - length
+    return pair, prompt, maximum - length + 1
 
 
 def _native(trial: Trial) -> Any:
@@ -235,14 +230,72 @@ def greedy_tokens(trial: Trial, original: torch.nn.Module, prompt: torch.Tensor,
     return tokens
 
 
-def _generate(trial: Trial, model: Any, prompt: torch.Tensor | None, **options: Any) -> torch.Tensor:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Generated:
+    """Prompt and new tokens (rows, tokens), and the raw logits (rows, new tokens, vocabulary) behind each of these.
+
+    A port whose generate gives no logits has None.
+    """
+
+    tokens: torch.Tensor
+    logits: torch.Tensor | None
+
+    def row(self, number: int, start: int = 0) -> Generated:
+        """One row, without its first `start` tokens."""
+        part = slice(number, number + 1)
+        return Generated(tokens=self.tokens[part, start:], logits=None if self.logits is None else self.logits[part])
+
+
+def _generate(trial: Trial, model: Any, prompt: torch.Tensor | None, **options: Any) -> Generated:
+    if not hasattr(model, "generate"):
+        raise Mismatch("the port has no generate(); from transformers 4.50 on a model must inherit GenerationMixin")
     device = pytorch.device_of(trial.backend)
     moved = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in options.items()}
     inputs = {"input_ids": prompt.to(device)} if prompt is not None else {}
-    if not hasattr(model, "generate"):
-        raise Mismatch("the port has no generate(); from transformers 4.50 on a model must inherit GenerationMixin")
-    tokens: torch.Tensor = model.generate(**inputs, **moved)
-    return tokens.cpu()
+    made = model.generate(**inputs, **moved, return_dict_in_generate=True, output_logits=True)
+    if isinstance(made, torch.Tensor):
+        return Generated(tokens=made.cpu(), logits=None)
+    logits = torch.stack(made.logits, dim=1).cpu() if made.logits and "num_beams" not in options else None
+    return Generated(tokens=made.sequences.cpu(), logits=logits)
+
+
+def _continues(trial: Trial, pair: Pair, prompt: torch.Tensor, count: int, **options: Any) -> dict[str, float]:
+    """Generates greedily with the port, and compares with the original."""
+    made = _generate(trial, pair.port, prompt, max_new_tokens=count, **options)
+    expected = greedy_tokens(trial, pair.original, prompt, count)
+    return worst(_same_tokens(trial, pair, made.tokens, expected), _follows(trial, pair, made, prompt.shape[1]))
+
+
+def _follows(trial: Trial, pair: Pair, made: Generated, start: int) -> dict[str, float]:
+    """Checks every generated token, and the logits behind it, against the original on the same tokens before it."""
+    maximum = _maximum(trial, pair)
+    errors, ties = [0.0], 0.0
+    for step in range(made.tokens.shape[1] - start):
+        window = made.tokens[:, : start + step][:, -maximum:]
+        expected = run_original(trial, pair.original, window, torch.zeros_like(window))["logits"][:, -1]
+        if made.logits is not None:
+            what = f"logits behind generated token {step}"
+            errors.append(require_close(what, made.logits[:, step], expected, bound=_logits_bound(trial)))
+        chosen = made.tokens[:, start + step]
+        for row in (chosen != expected.argmax(dim=-1)).nonzero().flatten().tolist():
+            gap = float(expected[row].max() - expected[row, chosen[row]]) / float(expected.square().mean().sqrt())
+            ties += 1.0
+            if gap > _tie_bound(trial):
+                raise Mismatch(
+                    f"generated token {step} of row {row} is {int(chosen[row])}, the original's best is"
+                    f" {int(expected[row].argmax())}, ahead by {gap:.1e}",
+                    metrics={"gap": gap},
+                )
+    return {"error": max(errors), **({"near_ties": ties} if ties else {})}
+
+
+def _logits_bound(trial: Trial) -> float:
+    """generate() gives its logits in float32, whatever the model computes in."""
+    return max(FLOAT32_INSIDE_BOUND, 1000 * pytorch.epsilon(trial.dtype))
+
+
+def _tie_bound(trial: Trial) -> float:
+    return FLOAT32_INSIDE_BOUND if trial.dtype == "float64" else 1000 * pytorch.epsilon(trial.dtype)
 
 
 def _same_tokens(trial: Trial, pair: Pair, actual: torch.Tensor, expected: torch.Tensor) -> dict[str, float]:
@@ -254,8 +307,7 @@ def _same_tokens(trial: Trial, pair: Pair, actual: torch.Tensor, expected: torch
     row, position = different
     window = expected[row : row + 1, :position][:, -_maximum(trial, pair) :]
     gap = top_two_gap(run_original(trial, pair.original, window, torch.zeros_like(window))["logits"][0, -1])
-    bound = SEMANTICS_BOUND if trial.dtype == "float64" else 1000 * pytorch.epsilon(trial.dtype)
-    if gap > bound:
+    if gap > _tie_bound(trial):
         raise Mismatch(
             f"row {row} differs from token {position} on: {int(actual[row, position])} instead of"
             f" {int(expected[row, position])}, though the two best logits are {gap:.1e} apart",
@@ -269,6 +321,28 @@ def _maximum(trial: Trial, pair: Pair) -> int:
     config = getattr(pair.original, "config", None)
     maximum = getattr(config, trial.family.maximum_length, None)
     return int(maximum) if maximum else 1 << 30
+
+
+def _listed(numbers: list[float]) -> str:
+    return ", ".join(f"{number:.5g}" for number in numbers)
+
+
+def _score(trial: Trial, original: torch.nn.Module, tokens: torch.Tensor, start: int) -> float:
+    """Sum of the original's log probabilities of the tokens from `start` on, for one row."""
+    steps = range(start, tokens.shape[1])
+    return sum(float(_log_probabilities(trial, original, tokens[:, :end])[0, tokens[0, end]]) for end in steps)
+
+
+def _best_beams(trial: Trial, original: torch.nn.Module, prompt: torch.Tensor, steps: int) -> list[float]:
+    """The log probabilities at which a beam search of width `BEAMS` without a stop token ends."""
+    beams, scores = prompt, torch.zeros(1, dtype=torch.float64)
+    for _ in range(steps):
+        candidates = scores[:, None] + _log_probabilities(trial, original, beams)
+        best = candidates.flatten().topk(min(BEAMS, candidates.numel()))
+        parents, chosen = best.indices // candidates.shape[1], best.indices % candidates.shape[1]
+        beams, scores = torch.cat([beams[parents], chosen[:, None]], dim=1), best.values
+    numbers: list[float] = scores.tolist()
+    return numbers
 
 
 def _log_probabilities(trial: Trial, original: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:

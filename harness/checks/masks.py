@@ -13,6 +13,7 @@ from harness.errors import Mismatch
 from harness.trial import (
     Pair,
     Trial,
+    each_attention,
     original_model,
     port_logits,
     prepare,
@@ -111,11 +112,15 @@ def all_masked_row(trial: Trial, case: Case) -> dict[str, float]:
     tokens = pair.batch.tokens
     mask = torch.ones_like(tokens)
     mask[1] = 0
-    logits = port_logits(trial, pair.port, tokens, attention_mask=mask)
-    if not bool(logits.isfinite().all()):
-        raise Mismatch("a row that is masked as a whole gives logits that are not finite")
-    alone = port_logits(trial, pair.port, tokens[:1])
-    return require_semantics(trial, "logits of a row beside one that is masked as a whole", logits[:1], alone)
+    numbers = []
+    for attention in each_attention(pair.port):
+        logits = port_logits(trial, pair.port, tokens, attention_mask=mask)
+        if not bool(logits.isfinite().all()):
+            raise Mismatch(f"a row that is masked as a whole gives logits that are not finite (attention: {attention})")
+        alone = port_logits(trial, pair.port, tokens[:1])
+        what = "logits of a row beside one that is masked as a whole"
+        numbers.append(require_semantics(trial, what, logits[:1], alone))
+    return worst(*numbers)
 
 
 _SIDES: tuple[Side, ...] = ("right", "left", "interior")

@@ -19,10 +19,12 @@ from harness.trial import (
     Pair,
     Trial,
     copied,
+    each_attention,
     port_logits,
     prepare,
     run_original,
     run_port,
+    worst,
 )
 
 ROWS = 8
@@ -75,13 +77,17 @@ def masks(trial: Trial, case: Case) -> dict[str, float]:
     pair, oracle = _pairs(trial, case)
     padded = padded_batch(trial, case, pair, "left")
     mask = padded.mask.long()
-    every = port_logits(trial, pair.port, padded.tokens, attention_mask=mask)
-    if not bool(every.isfinite().all()):
-        raise Mismatch(f"left-padded rows give logits that are not finite in {trial.dtype}")
-    baseline = unpadded_logits(trial, pair.original, padded)
-    return _calibrated(
-        trial, "logits of left-padded rows", every[padded.mask], baseline, unpadded_logits(trial, oracle, padded)
-    )
+    baseline, expected = (unpadded_logits(trial, module, padded) for module in (pair.original, oracle))
+    numbers = []
+    for attention in each_attention(pair.port):
+        every = port_logits(trial, pair.port, padded.tokens, attention_mask=mask)
+        if not bool(every.isfinite().all()):
+            raise Mismatch(
+                f"left-padded rows give logits that are not finite in {trial.dtype} (attention: {attention})"
+            )
+        what = f"logits of left-padded rows (attention: {attention})"
+        numbers.append(_calibrated(trial, what, every[padded.mask], baseline, expected))
+    return worst(*numbers)
 
 
 def gradients(trial: Trial, case: Case) -> dict[str, float]:

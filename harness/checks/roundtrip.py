@@ -20,6 +20,8 @@ from harness.routes import carry
 from harness.routes.pretrained import load, save
 from harness.trial import Trial, draw, original_model, place, port_class, port_config, port_logits
 
+SHARD_BYTES = 2048
+
 
 def pretrained(trial: Trial, case: Case) -> dict[str, float]:
     """Saved and loaded, the port has the same tensors bit for bit, the same dtypes, and is in evaluation mode.
@@ -42,8 +44,11 @@ def sharded(trial: Trial, case: Case) -> dict[str, float]:
     Would have caught: a tied tensor that is in no shard, an index that names a file that is not there.
     """
     original = original_model(trial, case, dtype="float32")
-    directory = save(trial, case, original, max_shard_size="2KB")
+    directory = save(trial, case, original, max_shard_size=SHARD_BYTES)
     shards = list(directory.glob("*.safetensors"))
+    size = sum(parameter.numel() * parameter.element_size() for parameter in original.parameters())
+    if len(shards) < 2 <= size // SHARD_BYTES:
+        raise Mismatch(f"{size} bytes of weights were saved to {len(shards)} file under a limit of {SHARD_BYTES}")
     index = directory / "model.safetensors.index.json"
     if index.exists():
         named = set(json.loads(index.read_text())["weight_map"].values())

@@ -107,7 +107,10 @@ def back_to_original(trial: Trial, case: Case) -> dict[str, float]:
     again = copied(original)
     for parameter in again.parameters():
         torch.nn.init.constant_(parameter, float("nan"))
-    state = trial.family.read_checkpoint(str(path))
+    fields, state = trial.family.read_checkpoint(str(path))
+    for field, value in case.fields.items():
+        if fields.get(field) != value:
+            raise Mismatch(f"the file written back says {field}={fields.get(field)!r}, the original had {value!r}")
     try:
         again.load_state_dict(state, strict=True)
     except RuntimeError as error:

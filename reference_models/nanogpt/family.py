@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the harness needs to know about nanoGPT: its configurations, its original's conventions, names and files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from harness.families import Family, Fields, LossConvention, Tap
+
+if TYPE_CHECKING:
+    import torch
+    from hypothesis.strategies import SearchStrategy
+
+    from harness.golden import Golden
+
+
+def configurations() -> SearchStrategy[dict[str, Any]]:
+    """nanoGPT configurations of at most three layers and sixteen channels or so; the plainest has one of everything.
+
+    Corners: one head, head size 1 and odd sizes, any vocabulary, no bias.
+    """
+    from hypothesis import strategies as st
+
+    @st.composite
+    def draw_fields(draw: st.DrawFn) -> dict[str, Any]:
+        n_head = draw(st.integers(1, 4))
+        # A layer norm over fewer than four channels leaves hardly anything to compare.
+        head_size = draw(st.integers(-(-4 // n_head), 6))
+        return {
+            "block_size": draw(st.integers(4, 20)),
+            "vocab_size": draw(st.integers(11, 61)),
+            "n_layer": draw(st.integers(1, 3)),
+            "n_head": n_head,
+            "n_embd": n_head * head_size,
+            "dropout": 0.0,
+            "bias": draw(st.booleans()),
+        }
+
+    return draw_fields()
+
+
+def build_original(cls: type, fields: Fields) -> torch.nn.Module:
+    """`cls(config)`, the config being the `GPTConfig` that stands beside the class, as in nanoGPT's model.py."""
+    import sys
+
+    config = sys.modules[cls.__module__].GPTConfig(**fields)
+    module: torch.nn.Module = cls(config)
+    return module.eval()
+
+
+def run_original(
+    module: torch.nn.Module, tokens: torch.Tensor, targets: torch.Tensor | None
+) -> dict[str, torch.Tensor]:
+    """Logits at all positions (nanoGPT gives them only when it has targets) and the loss when targets are given."""
+    import torch
+
+    logits, loss = module(tokens, tokens if targets is None else targets)
+    return {"logits": logits} if targets is None else {"logits": logits, "loss": torch.as_tensor(loss)}
+
+
+def generate_original(
+    module: torch.nn.Module,
+    prompt: torch.Tensor,
+    *,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+) -> torch.Tensor:
+    """nanoGPT's own loop: prompt and new tokens (rows, tokens)."""
+    tokens: torch.Tensor = module.generate(prompt, max_new_tokens, temperature=temperature, top_k=top_k)  # type: ignore[operator]
+    return tokens
+
+
+def taps(fields: Fields) -> Sequence[Tap]:
+    """Where both models can be compared, in the order data passes."""
+    places = [Tap(name="embedding", original="transformer.drop", port="transformer.drop")]
+    for layer in range(fields["n_layer"]):
+        for name in ("ln_1", "attn", "ln_2", "mlp"):
+            path = f"transformer.h.{layer}.{name}"
+            places.append(Tap(name=f"block.{layer}.{name}", original=path, port=path))
+        path = f"transformer.h.{layer}"
+        places.append(Tap(name=f"block.{layer}", original=path, port=path))
+    return [*places, Tap(name="final_norm", original="transformer.ln_f", port="transformer.ln_f")]
+
+
+def parameter_groups(module: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """AdamW groups of nanoGPT's `configure_optimizers`: tensors with two axes or more decay."""
+    optimizer = module.configure_optimizers(weight_decay, 1e-3, (0.9, 0.95), "cpu")  # type: ignore[operator]
+    return [{"params": group["params"], "weight_decay": group["weight_decay"]} for group in optimizer.param_groups]
+
+
+def write_checkpoint(module: torch.nn.Module, fields: Fields, path: Path) -> None:
+    """A `ckpt.pt` with the entries that train.py saves, without optimiser state."""
+    import torch
+
+    checkpoint = {
+        "model": module.state_dict(),
+        "model_args": dict(fields),
+        "iter_num": 3,
+        "best_val_loss": torch.tensor(2.5),
+        "config": {"dataset": "none", "dropout": fields["dropout"]},
+    }
+    torch.save(checkpoint, path)
+
+
+def read_checkpoint(path: str) -> tuple[Fields, dict[str, torch.Tensor]]:
+    """Fields and state dict of a `ckpt.pt` as train.py resumes it: the prefix of a compiled model taken off."""
+    import torch
+
+    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    state: Mapping[str, torch.Tensor] = checkpoint["model"]
+    return checkpoint["model_args"], {key.removeprefix("_orig_mod."): tensor for key, tensor in state.items()}
+
+
+def golden(golden: Golden) -> Mapping[str, torch.Tensor]:
+    """Everything a golden file of nanoGPT stores."""
+    from harness.golden import reproduce
+
+    blocks = {f"block.{layer}": f"transformer.h.{layer}" for layer in range(golden.fields["n_layer"])}
+    return reproduce(golden, places={"embedding": "transformer.drop", **blocks, "final_norm": "transformer.ln_f"})
+
+
+FAMILY = Family(
+    name="nanogpt",
+    features=frozenset(
+        {
+            "attentions",
+            "causal",
+            "checkpoint",
+            "dropout",
+            "generation",
+            "initialisation",
+            "learned_positions",
+            "logits",
+            "loss",
+            "masks",
+            "parameter_groups",
+            "taps",
+            "tied_embeddings",
+        }
+    ),
+    configurations=configurations,
+    original="reference_models.nanogpt.original:GPT",
+    build_original=build_original,
+    run_original=run_original,
+    fields={
+        "block_size": ("n_positions", "max_position_embeddings", "sequence_len", "n_ctx"),
+        "n_layer": ("num_hidden_layers",),
+        "n_head": ("num_attention_heads",),
+        "n_embd": ("hidden_size",),
+        "dropout": ("resid_pdrop",),
+    },
+    tied=(("transformer.wte.weight", "lm_head.weight"),),
+    maximum_length="block_size",
+    dropout="dropout",
+    loss=LossConvention(labels="preshifted", ignore_index=-1),
+    taps=taps,
+    # Logits with standard deviation near 2, and attention with a peak (see the project's design, "Numbers").
+    gains={r"(wte|wpe|lm_head)\.weight$": 2.0, r"c_attn\.weight$": 1.7},
+    write_checkpoint=write_checkpoint,
+    read_checkpoint=read_checkpoint,
+    checkpoint_name="ckpt.pt",
+    generate_original=generate_original,
+    mutants="reference_models.nanogpt.mutants:MUTANTS",
+    parameter_groups=parameter_groups,
+    golden=golden,
+)

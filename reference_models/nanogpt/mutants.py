@@ -1,0 +1,1061 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Planted bugs for the nanoGPT port, and harmless rewrites of it, as exact edits of its source.
+
+`killers` names the checks that are expected to notice; the harmless rewrites at the end have none.
+"""
+
+from __future__ import annotations
+
+from harness.mutants import Mutant
+
+ROOM = "reference_models/nanogpt/"
+
+
+def _edit(file: str, name: str, bug: str, killers: str, find: str, replace: str, times: int = 1) -> Mutant:
+    return Mutant(
+        id=name, file=ROOM + file, find=find, replace=replace, times=times, bug=bug, killers=tuple(killers.split())
+    )
+
+
+def _model(name: str, bug: str, killers: str, find: str, replace: str, times: int = 1) -> Mutant:
+    return _edit("modeling_nanogpt.py", name, bug, killers, find, replace, times)
+
+
+def _config(name: str, bug: str, killers: str, find: str, replace: str) -> Mutant:
+    return _edit("configuration_nanogpt.py", name, bug, killers, find, replace)
+
+
+def _checkpoint(name: str, bug: str, killers: str, find: str, replace: str) -> Mutant:
+    return _edit("checkpoint.py", name, bug, killers, find, replace)
+
+
+def _rewritten_auto_map(change: str) -> tuple[str, str]:
+    """Text to find and its replacement, by which every save changes `values`, the content of config.json."""
+    return (
+        "        return super().save_pretrained(save_directory, *args, **kwargs)\n",
+        "        saved = super().save_pretrained(save_directory, *args, **kwargs)\n"
+        "        import json\n        from pathlib import Path\n"
+        '        file = Path(save_directory) / "config.json"\n        values = json.loads(file.read_text())\n'
+        f"        {change}\n        file.write_text(json.dumps(values))\n        return saved\n",
+    )
+
+
+ATTENTION = (
+    _model(
+        "scale-missing",
+        "scores are not divided by the root of the head size",
+        "forward.logits",
+        "self.scaling = self.head_dim**-0.5",
+        "self.scaling = 1.0",
+    ),
+    _model(
+        "scale-doubled",
+        "scores are twice too large",
+        "forward.logits",
+        "self.scaling = self.head_dim**-0.5",
+        "self.scaling = 2 * self.head_dim**-0.5",
+    ),
+    _model(
+        "scale-by-width",
+        "scores are divided by the root of the model's width, which is right for one head alone",
+        "forward.logits",
+        "self.scaling = self.head_dim**-0.5",
+        "self.scaling = config.n_embd**-0.5",
+    ),
+    _model(
+        "query-key-swapped",
+        "query and key are taken from each other's third",
+        "forward.logits",
+        "        query, key, value = (\n            part",
+        "        key, query, value = (\n            part",
+    ),
+    _model(
+        "key-value-swapped",
+        "key and value are taken from each other's third",
+        "forward.logits",
+        "        query, key, value = (\n            part",
+        "        query, value, key = (\n            part",
+    ),
+    _model(
+        "heads-interleaved",
+        "channels are dealt to the heads in turn instead of in blocks",
+        "forward.logits",
+        "part.view(*input_shape, -1, self.head_dim).transpose(1, 2)",
+        "part.view(*input_shape, self.head_dim, -1).permute(0, 3, 1, 2)",
+    ),
+    _model(
+        "not-causal",
+        "SDPA without a mask sees later tokens",
+        "forward.causal forward.logits",
+        "self.is_causal = True",
+        "self.is_causal = False",
+    ),
+    _model(
+        "eager-scale-missing",
+        "eager attention alone does not scale",
+        "backend.attention",
+        "key.transpose(-1, -2)) * scaling",
+        "key.transpose(-1, -2))",
+    ),
+    _model(
+        "eager-softmax-axis",
+        "eager attention normalises over queries",
+        "backend.attention api.attentions",
+        "nn.functional.softmax(scores, dim=-1)",
+        "nn.functional.softmax(scores, dim=-2)",
+    ),
+    _model(
+        "eager-detached",
+        "eager attention's weights carry no gradient",
+        "backend.attention_gradients",
+        "nn.functional.softmax(scores, dim=-1).to(value.dtype)",
+        "nn.functional.softmax(scores, dim=-1).to(value.dtype).detach()",
+    ),
+    _model(
+        "eager-returns-scores",
+        "output_attentions gives scores, not weights",
+        "api.attentions",
+        "return torch.matmul(weights, value).transpose(1, 2), weights",
+        "return torch.matmul(weights, value).transpose(1, 2), scores",
+    ),
+    _model(
+        "sdpa-refused",
+        "the model says that it cannot use SDPA",
+        "backend.attention",
+        "_supports_sdpa = True",
+        "_supports_sdpa = False",
+    ),
+)
+
+MASKS = (
+    _model(
+        "mask-ignored",
+        "the padding mask is accepted and dropped",
+        "masks.left_padding masks.pad_content",
+        '"attention_mask": attention_mask,\n            "past_key_values"',
+        '"attention_mask": None,\n            "past_key_values"',
+    ),
+    _model(
+        "mask-inverted",
+        "padding is attended to, tokens are not",
+        "masks.left_padding masks.right_padding masks.none_is_ones",
+        '"attention_mask": attention_mask,\n            "past_key_values"',
+        '"attention_mask": None if attention_mask is None else 1 - attention_mask.long(),\n            "past_key_values"',
+    ),
+    _model(
+        "mask-of-first-row",
+        "eager attention uses the first row's mask for the whole batch",
+        "backend.attention_masked",
+        "        scores = scores + attention_mask\n",
+        "        scores = scores + attention_mask[:1]\n",
+    ),
+    _model(
+        "mask-eager-dropped",
+        "eager attention drops the mask, causality with it",
+        "backend.attention",
+        "        scores = scores + attention_mask\n",
+        "        scores = scores + 0 * attention_mask\n",
+    ),
+    _model(
+        "mask-eager-multiplied",
+        "eager attention multiplies scores by the mask instead of adding it",
+        "backend.attention",
+        "        scores = scores + attention_mask\n",
+        "        scores = scores * attention_mask\n",
+    ),
+    _model(
+        "mask-minus-infinity",
+        "eager attention masks with minus infinity, so that a row without tokens is not a number",
+        "masks.all_masked_row",
+        "        scores = scores + attention_mask\n",
+        '        scores = scores.masked_fill(attention_mask < 0, float("-inf"))\n',
+    ),
+    _model(
+        "mask-half-precision",
+        "eager attention adds the mask in half precision, where it overflows",
+        "precision.masks",
+        "    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))\n    if attention_mask is not None:\n        scores = scores + attention_mask\n",
+        "    if attention_mask is not None:\n        scores = scores + attention_mask + attention_mask\n",
+    ),
+    _model(
+        "mask-additive-as-boolean",
+        "an additive mask is read as a boolean one",
+        "masks.additive",
+        "            return attention_mask.to(dtype).clamp(min=lowest)",
+        "            return torch.zeros_like(attention_mask).masked_fill(attention_mask == 0, lowest)",
+    ),
+)
+
+POSITIONS = (
+    _model(
+        "position-from-one",
+        "positions start at one",
+        "forward.logits forward.lengths",
+        "return (torch.arange(length, device=inputs_embeds.device) + past).unsqueeze(0)",
+        "return (torch.arange(length, device=inputs_embeds.device) + past + 1).unsqueeze(0) % block_size",
+    ),
+    _model(
+        "position-restarts",
+        "positions restart at zero at every call with a cache",
+        "generation.cache generation.chunked_prefill",
+        "return (torch.arange(length, device=inputs_embeds.device) + past).unsqueeze(0)",
+        "return torch.arange(length, device=inputs_embeds.device).unsqueeze(0)",
+    ),
+    _model(
+        "position-counts-padding",
+        "positions are counted over padding",
+        "masks.left_padding masks.interior_padding",
+        "if attention_mask is not None and attention_mask.ndim == 2:\n            # Wherever",
+        "if attention_mask is None:\n            # Wherever",
+    ),
+    _model(
+        "position-of-first-row",
+        "the first row's padding decides every row's positions",
+        "masks.left_padding",
+        ".clamp(min=0)[:, -length:]",
+        ".clamp(min=0)[:1, -length:]",
+    ),
+    _model(
+        "position-ids-ignored",
+        "position_ids are accepted and ignored",
+        "forward.position_ids",
+        "            return position_ids\n",
+        "            pass\n",
+    ),
+    _model(
+        "positions-missing",
+        "the position table is not added",
+        "forward.logits",
+        "self.drop(inputs_embeds + self.wpe(positions))",
+        "self.drop(inputs_embeds + 0 * self.wpe(positions))",
+    ),
+    _model(
+        "embedding-scaled",
+        "token embeddings are scaled by the root of the width",
+        "forward.logits",
+        "self.drop(inputs_embeds + self.wpe(positions))",
+        "self.drop(inputs_embeds * self.config.n_embd**0.5 + self.wpe(positions))",
+    ),
+    _model(
+        "residual-shifted",
+        "a constant is added to the residual stream, which every norm takes out again",
+        "forward.blocks api.hidden_states",
+        "self.drop(inputs_embeds + self.wpe(positions))",
+        "self.drop(inputs_embeds + self.wpe(positions)) + 1.0",
+    ),
+    _model(
+        "embeds-scaled-alone",
+        "inputs_embeds are treated unlike looked-up embeddings",
+        "forward.inputs_embeds generation.inputs_embeds",
+        "            inputs_embeds = self.wte(input_ids)\n",
+        "            inputs_embeds = self.wte(input_ids)\n        else:\n            inputs_embeds = inputs_embeds * 0.5\n",
+    ),
+    _model(
+        "maximum-one-short",
+        "a sequence of exactly block_size tokens is refused",
+        "forward.lengths",
+        "(isinstance(past, int) or not compiling) and past + length > block_size",
+        "(isinstance(past, int) or not compiling) and past + length >= block_size",
+    ),
+    _model(
+        "maximum-unguarded",
+        "too long a sequence ends in an IndexError of the position table",
+        "forward.beyond_maximum",
+        "(isinstance(past, int) or not compiling) and past + length > block_size",
+        "(isinstance(past, int) or not compiling) and past + length > 100 * block_size",
+    ),
+    _model(
+        "maximum-wraps",
+        "positions wrap around beyond block_size",
+        "forward.beyond_maximum",
+        "(isinstance(past, int) or not compiling) and past + length > block_size:",
+        "past + length > block_size and position_ids is None:\n"
+        "            return (torch.arange(length, device=inputs_embeds.device) % block_size).unsqueeze(0)\n"
+        "        if past + length > 100 * block_size:",
+    ),
+)
+
+CACHE = (
+    _model(
+        "cache-not-used",
+        "keys and values are stored and not read back",
+        "generation.cache",
+        "key, value = past_key_values.update(",
+        "_ = past_key_values.update(",
+    ),
+    _model(
+        "cache-one-layer",
+        "all layers share the first one's place in the cache",
+        "generation.cache",
+        'key, value, self.layer_idx, {"cache_position"',
+        'key, value, 0, {"cache_position"',
+    ),
+    _model(
+        "cache-not-returned",
+        "use_cache=True returns no cache",
+        "generation.cache",
+        "past_key_values=past_key_values if use_cache else None",
+        "past_key_values=None",
+    ),
+    _model(
+        "cache-own-memory",
+        "attention keeps its own keys and values, which beams do not reorder",
+        "generation.beam",
+        '            key, value = past_key_values.update(key, value, self.layer_idx, {"cache_position": cache_position})\n',
+        '            every = past_key_values.update(key, value, self.layer_idx, {"cache_position": cache_position})\n'
+        '            own = getattr(self, "memory", None)\n'
+        "            if own is not None and own[0].shape[0] == key.shape[0] > 3 and key.shape[2] == 1:\n"
+        "                key, value = torch.cat((own[0], key), 2), torch.cat((own[1], value), 2)\n"
+        "            else:\n"
+        "                key, value = every\n"
+        "            self.memory = (key.detach(), value.detach())\n",
+    ),
+    _model(
+        "cache-chunk-forgets",
+        "a chunk of several tokens behind a cache gets the mask of a sequence of its own",
+        "generation.chunked_prefill",
+        "        dtype = inputs_embeds.dtype\n",
+        "        dtype = inputs_embeds.dtype\n"
+        "        if attention_mask is None and past_key_values is not None and past_key_values.get_seq_length():\n"
+        "            return None\n",
+    ),
+    _model(
+        "cache-half-precision",
+        "keys are rounded to bfloat16 on their way into the cache",
+        "generation.cache precision.cache",
+        "past_key_values.update(key, value,",
+        "past_key_values.update(key.bfloat16().to(key.dtype), value,",
+    ),
+)
+
+NORMS = (
+    _model(
+        "epsilon-1e-6",
+        "the norms' epsilon is 1e-6",
+        "forward.small_scale forward.logits",
+        "LAYER_NORM_EPSILON = 1e-5",
+        "LAYER_NORM_EPSILON = 1e-6",
+    ),
+    _model(
+        "epsilon-1e-12",
+        "the norms' epsilon is BERT's",
+        "forward.small_scale forward.logits",
+        "LAYER_NORM_EPSILON = 1e-5",
+        "LAYER_NORM_EPSILON = 1e-12",
+    ),
+    _model(
+        "epsilon-of-last-norm",
+        "the last norm alone has another epsilon",
+        "forward.small_scale forward.blocks",
+        "self.ln_f = nn.LayerNorm(config.n_embd, eps=LAYER_NORM_EPSILON",
+        "self.ln_f = nn.LayerNorm(config.n_embd, eps=1e-6",
+    ),
+    _model(
+        "norms-exchanged",
+        "the MLP is fed from the attention's norm",
+        "forward.logits",
+        "self.mlp(self.ln_2(hidden_states))",
+        "self.mlp(self.ln_1(hidden_states))",
+    ),
+    _model(
+        "norm-missing",
+        "attention is fed without a norm",
+        "forward.logits",
+        "self.attn(self.ln_1(hidden_states), **kwargs)",
+        "self.attn(hidden_states, **kwargs)",
+    ),
+    _model(
+        "last-norm-missing",
+        "the last norm is skipped",
+        "forward.logits",
+        "        hidden_states = self.ln_f(hidden_states)\n",
+        "        hidden_states = hidden_states + 0 * self.ln_f(hidden_states)\n",
+    ),
+    _model(
+        "post-norm",
+        "norms stand behind the branches",
+        "forward.logits",
+        "return hidden_states + self.mlp(self.ln_2(hidden_states)), weights",
+        "return self.ln_2(hidden_states + self.mlp(hidden_states)), weights",
+    ),
+    _model(
+        "norm-unknown-to-trainer",
+        "the last norm is a class of one's own, so the Trainer decays its gain",
+        "training.parameter_groups training.optimiser_steps",
+        "self.ln_f = nn.LayerNorm(config.n_embd, eps=LAYER_NORM_EPSILON, bias=config.bias)",
+        'norm = type("Norm", (nn.Module,), {"forward": lambda self, x: nn.functional.layer_norm('
+        'x, x.shape[-1:], self.weight, getattr(self, "bias", None), LAYER_NORM_EPSILON)})\n'
+        "        self.ln_f = norm()\n"
+        "        self.ln_f.weight = nn.Parameter(torch.ones(config.n_embd))\n"
+        "        if config.bias:\n"
+        "            self.ln_f.bias = nn.Parameter(torch.zeros(config.n_embd))",
+    ),
+)
+
+MLP = (
+    _model(
+        "gelu-tanh",
+        "GELU by its tanh approximation",
+        "forward.logits",
+        "self.gelu = nn.GELU()",
+        'self.gelu = nn.GELU(approximate="tanh")',
+    ),
+    _model("gelu-relu", "ReLU for GELU", "forward.logits", "self.gelu = nn.GELU()", "self.gelu = nn.ReLU()"),
+    _model("gelu-silu", "SiLU for GELU", "forward.logits", "self.gelu = nn.GELU()", "self.gelu = nn.SiLU()"),
+)
+
+RESIDUALS = (
+    _model(
+        "attention-residual-dropped",
+        "attention's output replaces the residual stream",
+        "forward.logits",
+        "        hidden_states = hidden_states + attended\n",
+        "        hidden_states = attended\n",
+    ),
+    _model(
+        "mlp-residual-dropped",
+        "the MLP's output replaces the residual stream",
+        "forward.logits",
+        "return hidden_states + self.mlp(self.ln_2(hidden_states)), weights",
+        "return self.mlp(self.ln_2(hidden_states)), weights",
+    ),
+    _model(
+        "branches-parallel",
+        "the MLP does not see what attention added",
+        "forward.logits",
+        "        hidden_states = hidden_states + attended\n"
+        "        return hidden_states + self.mlp(self.ln_2(hidden_states)), weights",
+        "        return hidden_states + attended + self.mlp(self.ln_2(hidden_states)), weights",
+    ),
+)
+
+HEAD = (
+    _model(
+        "logits-scaled",
+        "logits are divided by the root of the width",
+        "forward.logits",
+        "logits = self.lm_head(outputs.last_hidden_state[:, kept])",
+        "logits = self.lm_head(outputs.last_hidden_state[:, kept]) * self.config.n_embd**-0.5",
+    ),
+    _model(
+        "logits-of-last-position",
+        "logits of the last position only",
+        "api.output_type forward.logits",
+        "logits = self.lm_head(outputs.last_hidden_state[:, kept])",
+        "logits = self.lm_head(outputs.last_hidden_state[:, -1:])",
+    ),
+    _model(
+        "logits-centred-over-batch",
+        "logits are centred over the rows of a batch",
+        "forward.rows_independent",
+        "logits = self.lm_head(outputs.last_hidden_state[:, kept])",
+        "logits = self.lm_head(outputs.last_hidden_state[:, kept])\n"
+        "        logits = logits - (logits.mean(dim=0, keepdim=True) if len(logits) > 2 else 0)",
+    ),
+    _model(
+        "logits-to-keep-ignored",
+        "logits_to_keep is accepted and ignored",
+        "api.logits_to_keep",
+        "kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep",
+        "kept = slice(None)",
+    ),
+    _model(
+        "tie-undeclared",
+        "head and embedding are not declared as tied",
+        "weights.tied training.optimiser_steps",
+        '{"lm_head.weight": "transformer.wte.weight"} if TRANSFORMERS_5 else ["lm_head.weight"]',
+        "{} if TRANSFORMERS_5 else []",
+    ),
+    _model(
+        "tie-lost-by-resize",
+        "after a resize the head is a copy of the embedding",
+        "weights.tied_after_resize",
+        "    @classmethod\n    def from_nanogpt_ckpt",
+        "    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:\n"
+        "        table = super().resize_token_embeddings(*args, **kwargs)\n"
+        "        self.lm_head.weight = nn.Parameter(table.weight.detach().clone())\n"
+        "        return table\n\n"
+        "    @classmethod\n    def from_nanogpt_ckpt",
+    ),
+    _model(
+        "embedding-is-positions",
+        "get_input_embeddings gives the position table",
+        "api.embeddings",
+        '_input_embed_layer = "wte"',
+        '_input_embed_layer = "wpe"',
+    ),
+)
+
+LOSS = (
+    _model(
+        "loss-not-shifted",
+        "labels are not shifted",
+        "loss.value",
+        "nn.functional.pad(labels[:, 1:], (0, 1), value=ignore_index)",
+        "labels",
+    ),
+    _model(
+        "loss-shifted-twice",
+        "labels are shifted by two",
+        "loss.value",
+        "nn.functional.pad(labels[:, 1:], (0, 1), value=ignore_index)",
+        "nn.functional.pad(labels[:, 2:], (0, 2), value=ignore_index)",
+    ),
+    _model(
+        "loss-ignores-another-label",
+        "-1 is ignored where -100 is meant",
+        "loss.ignored",
+        "IGNORED_LABEL = -100",
+        "IGNORED_LABEL = -1",
+    ),
+    _model(
+        "loss-mean-over-all",
+        "ignored positions count in the mean",
+        "loss.ignored",
+        '        reduction="mean" if num_items_in_batch is None else "sum",\n    )\n',
+        '        reduction="sum",\n    )\n'
+        "    if num_items_in_batch is None:\n        loss = loss / shift_labels[:, :-1].numel()\n",
+    ),
+    _model(
+        "loss-summed",
+        "the loss is a sum",
+        "loss.value",
+        'reduction="mean" if num_items_in_batch is None else "sum"',
+        'reduction="sum"',
+    ),
+    _model(
+        "loss-smoothed",
+        "labels are smoothed",
+        "loss.from_logits loss.value",
+        "        ignore_index=ignore_index,\n        reduction",
+        "        ignore_index=ignore_index,\n        label_smoothing=0.01,\n        reduction",
+    ),
+    _model(
+        "loss-count-ignored",
+        "num_items_in_batch is accepted and ignored",
+        "training.micro_batches",
+        'reduction="mean" if num_items_in_batch is None else "sum",\n    )\n    if num_items_in_batch is not None:',
+        'reduction="mean",\n    )\n    if False:',
+    ),
+    _model(
+        "loss-remembers",
+        "something of every earlier call leaks into the loss",
+        "loss.pure",
+        "            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)\n",
+        '            self.calls = getattr(self, "calls", -1) + 1\n'
+        "            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)\n"
+        "            loss = loss * (1 + 1e-3 * self.calls)\n",
+    ),
+    _model(
+        "loss-without-labels",
+        "a loss is returned without labels",
+        "api.output_type",
+        "            loss=loss,\n            logits=logits,",
+        "            loss=logits.mean() if loss is None else loss,\n            logits=logits,",
+    ),
+    _model(
+        "gradient-detached",
+        "the MLP's branch carries no gradient into its input",
+        "training.gradients",
+        "self.gelu(self.c_fc(hidden_states))",
+        "self.gelu(self.c_fc(hidden_states.detach()))",
+    ),
+)
+
+TRAINING = (
+    _model(
+        "initial-deviation",
+        "weights start half as wide",
+        "training.initialisation",
+        "INITIAL_STD = 0.02",
+        "INITIAL_STD = 0.01",
+    ),
+    _model(
+        "initial-residual-scale",
+        "residual projections start as wide as the others",
+        "training.initialisation",
+        'branches = 2 * self.config.n_layer if getattr(module, "ends_residual_branch", False) else 1',
+        "branches = 1",
+    ),
+    _model(
+        "initial-residual-one-of-two",
+        "the MLP's residual projection alone starts as wide as the others",
+        "training.initialisation",
+        "self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)\n"
+        "        self.c_proj.ends_residual_branch = True",
+        "self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)\n"
+        "        self.c_proj.ends_residual_branch = False",
+    ),
+    _model(
+        "initial-bias",
+        "biases do not start at zero",
+        "training.initialisation",
+        "nn.init.zeros_(parameter)",
+        "nn.init.normal_(parameter, std=INITIAL_STD)",
+    ),
+    _model(
+        "initial-uniform",
+        "weights start from a uniform distribution of the same width",
+        "training.initialisation",
+        "nn.init.normal_(parameter, std=INITIAL_STD / branches**0.5)",
+        "nn.init.uniform_(parameter, -INITIAL_STD * (3 / branches) ** 0.5, INITIAL_STD * (3 / branches) ** 0.5)",
+    ),
+    _model(
+        "dropout-attention-residual",
+        "attention's output is not dropped",
+        "training.dropout",
+        "return self.resid_dropout(output), weights",
+        "return output, weights",
+    ),
+    _model(
+        "dropout-mlp",
+        "the MLP's output is not dropped",
+        "training.dropout",
+        "self.dropout(self.c_proj(self.gelu(self.c_fc(hidden_states))))",
+        "self.c_proj(self.gelu(self.c_fc(hidden_states)))",
+    ),
+    _model(
+        "dropout-embedding",
+        "embeddings are not dropped",
+        "training.dropout",
+        "hidden_states = self.drop(inputs_embeds + self.wpe(positions))",
+        "hidden_states = inputs_embeds + self.wpe(positions)",
+    ),
+    _model(
+        "dropout-attention-weights",
+        "attention weights are not dropped",
+        "training.dropout",
+        "dropout=self.attn_dropout.p if self.training else 0.0",
+        "dropout=0.0",
+    ),
+    _model(
+        "dropout-eager",
+        "eager attention does not drop weights",
+        "training.dropout",
+        "weights = nn.functional.dropout(weights, p=dropout, training=module.training)",
+        "weights = weights",
+    ),
+    _model(
+        "dropout-in-evaluation",
+        "attention's output is dropped in evaluation too",
+        "forward.deterministic",
+        "return self.resid_dropout(output), weights",
+        "return nn.functional.dropout(output, self.resid_dropout.p), weights",
+    ),
+    _model(
+        "checkpointing-ineffective",
+        "gradient checkpointing is accepted and does nothing",
+        "training.gradient_checkpointing",
+        "class NanoGPTBlock(GradientCheckpointingLayer):",
+        "class NanoGPTBlock(nn.Module):",
+    ),
+)
+
+PRECISION = (
+    _model(
+        "stream-rounded",
+        "outside float64 the residual stream is rounded to bfloat16 before the last norm",
+        "precision.logits precision.gradients",
+        "        hidden_states = self.ln_f(hidden_states)\n",
+        "        if hidden_states.dtype == torch.float32:\n"
+        "            hidden_states = hidden_states.bfloat16().float()\n"
+        "        hidden_states = self.ln_f(hidden_states)\n",
+    ),
+    _model(
+        "loss-rounded",
+        "the loss is computed in bfloat16",
+        "precision.loss",
+        "logits.reshape(-1, vocab_size).to(torch.promote_types(logits.dtype, torch.float32))",
+        "logits.reshape(-1, vocab_size).to(logits.dtype if logits.dtype == torch.float64 else torch.bfloat16)",
+    ),
+    _model(
+        "graph-breaks",
+        "a value of a tensor decides the way through the MLP, which breaks a compiled graph",
+        "backend.compiled",
+        "        output: Tensor = self.dropout(",
+        "        if bool(hidden_states.isnan().any()):\n            hidden_states = hidden_states.nan_to_num()\n"
+        "        output: Tensor = self.dropout(",
+    ),
+    _model(
+        "constant-cached",
+        "a constant is cached at the first call and keeps the dtype it had then",
+        "roundtrip.cast",
+        "self.dropout(self.c_proj(self.gelu(self.c_fc(hidden_states))))\n",
+        "self.dropout(self.c_proj(self.gelu(self.c_fc(hidden_states)) * self._one(hidden_states)))\n"
+        "        return output\n\n"
+        "    def _one(self, hidden_states: Tensor) -> Tensor:\n"
+        '        self.one = getattr(self, "one", None)\n'
+        "        if self.one is None:\n            self.one = torch.ones(1, dtype=hidden_states.dtype)\n"
+        "        return self.one\n\n"
+        "    def _unused(self, output: Tensor) -> Tensor:\n",
+    ),
+)
+
+FILES = (
+    _model(
+        "buffer-not-saved",
+        "a constant lies in a buffer that no file holds",
+        "roundtrip.poisoned_memory remote_code.poisoned_memory",
+        "        self.gelu = nn.GELU()\n",
+        "        self.gelu = nn.GELU()\n"
+        '        self.register_buffer("one", torch.ones(()), persistent=False)\n'
+        "        self.register_forward_hook(lambda module, inputs, output: output * module.one)\n",
+    ),
+    _model(
+        "shards-ignored",
+        "save_pretrained drops the size of shards",
+        "roundtrip.sharded",
+        "        return super().save_pretrained(save_directory, *args, **kwargs)\n",
+        '        kwargs.pop("max_shard_size", None)\n'
+        "        return super().save_pretrained(save_directory, *args, **kwargs)\n",
+    ),
+    _model(
+        "safetensors-only",
+        "from_pretrained knows safetensors alone",
+        "roundtrip.bin",
+        "    def _init_weights(self, module: nn.Module) -> None:\n",
+        "    @classmethod\n"
+        "    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:\n"
+        "        return super().from_pretrained(*args, **{**kwargs, 'use_safetensors': True})\n\n"
+        "    def _init_weights(self, module: nn.Module) -> None:\n",
+    ),
+    _model(
+        "save-counts",
+        "every save changes the configuration",
+        "roundtrip.fixed_point",
+        '        module = __name__.rpartition(".")[2]\n',
+        '        module = __name__.rpartition(".")[2]\n'
+        '        self.config.prefix = (getattr(self.config, "prefix", None) or "") + "x"\n',
+    ),
+    _model(
+        "tensor-made-early",
+        "the constructor reads a tensor's value, which the meta device has not",
+        "roundtrip.meta_device weights.values",
+        "self.scaling = self.head_dim**-0.5",
+        "self.scaling = torch.tensor(float(self.head_dim)).rsqrt().item()",
+    ),
+    _model(
+        "auto-map-short",
+        "config.json does not say where the causal model is",
+        "remote_code.files",
+        *_rewritten_auto_map('values["auto_map"].pop("AutoModelForCausalLM", None)'),
+    ),
+    _model(
+        "auto-map-to-base",
+        "config.json names the model without a head",
+        "remote_code.outputs",
+        *_rewritten_auto_map('values["auto_map"]["AutoModelForCausalLM"] = "modeling_nanogpt.NanoGPTModel"'),
+    ),
+    _model(
+        "code-left-behind",
+        "saved from a process that loaded it as remote code, the model leaves its code behind",
+        "remote_code.resaved",
+        "        return super().save_pretrained(save_directory, *args, **kwargs)\n",
+        "        saved = super().save_pretrained(save_directory, *args, **kwargs)\n"
+        '        if __name__.startswith("transformers_modules"):\n'
+        "            from pathlib import Path\n"
+        '            for file in Path(save_directory).glob("*.py"):\n                file.unlink()\n'
+        "        return saved\n",
+    ),
+    _model(
+        "remote-generation-positions",
+        "as remote code the model generates every token at the first position",
+        "remote_code.generation",
+        "            return inputs\n",
+        '            if __name__.startswith("transformers_modules"):\n'
+        '                inputs["position_ids"] = inputs["input_ids"] * 0\n'
+        "            return inputs\n",
+    ),
+    _model(
+        "found-by-luck",
+        "as remote code the model needs a module that nobody but the preloaded server has imported",
+        "remote_code.cold",
+        "LAYER_NORM_EPSILON = 1e-5\n",
+        "import sys\n\nLAYER_NORM_EPSILON = 1e-5\n"
+        'if __name__.startswith("transformers_modules"):\n    sys.modules["harness.sandbox.server"].main\n',
+    ),
+    _model(
+        "registers-as-remote-code",
+        "as remote code the file registers itself, and the next checkpoint runs its code",
+        "remote_code.two_models",
+        'if not __name__.startswith("transformers_modules"):',
+        "if True:",
+    ),
+    _model(
+        "import-absolute",
+        "a helper is imported from the training package",
+        "remote_code.files",
+        "from .checkpoint import load_checkpoint, save_checkpoint",
+        "from reference_models.nanogpt.checkpoint import load_checkpoint, save_checkpoint",
+    ),
+    _model(
+        "registered-without-head",
+        "AutoModelForCausalLM is registered with the model without a head",
+        "api.auto_classes",
+        "AutoModelForCausalLM.register(NanoGPTConfig, NanoGPTLMHeadModel, exist_ok=True)",
+        "AutoModelForCausalLM.register(NanoGPTConfig, NanoGPTModel, exist_ok=True)",
+    ),
+    _model(
+        "no-split-of-another-model",
+        "_no_split_modules names a block of GPT-2",
+        "api.device_map",
+        '["NanoGPTBlock"]',
+        '["GPT2Block"]',
+    ),
+)
+
+INTERFACE = (
+    _model(
+        "hidden-states-not-normed",
+        "the last hidden state stands before the norm",
+        "api.hidden_states",
+        "        hidden_states = self.ln_f(hidden_states)\n",
+        "        all_hidden_states += (hidden_states,)\n        hidden_states = self.ln_f(hidden_states)\n"
+        "        if all_hidden_states[1:]:\n"
+        "            return BaseModelOutputWithPast(hidden_states, past_key_values, all_hidden_states)\n",
+    ),
+    _model(
+        "return-dict-ignored",
+        "return_dict=False is accepted and ignored",
+        "api.tuple_order",
+        "        self.loss_function = next_token_loss\n        self.post_init()\n\n    @can_return_tuple\n",
+        "        self.loss_function = next_token_loss\n        self.post_init()\n\n",
+    ),
+    _model(
+        "generation-penalty",
+        "the generation settings penalise repetition",
+        "generation.greedy",
+        "        self.loss_function = next_token_loss\n        self.post_init()\n",
+        "        self.loss_function = next_token_loss\n        self.post_init()\n"
+        "        self.generation_config.repetition_penalty = 1.5\n",
+    ),
+    _model(
+        "generation-min-p",
+        "the generation settings cut improbable tokens off",
+        "generation.sampled",
+        "        self.loss_function = next_token_loss\n        self.post_init()\n",
+        "        self.loss_function = next_token_loss\n        self.post_init()\n"
+        "        self.generation_config.min_p = 0.3\n",
+    ),
+    _model(
+        "window-one-short",
+        "the moving window is a token shorter than the original's",
+        "generation.past_maximum",
+        "        window = self.config.block_size\n",
+        "        window = self.config.block_size - 1\n",
+    ),
+    _model(
+        "window-keeps-positions",
+        "the moving window keeps the positions of the whole sequence",
+        "generation.past_maximum",
+        '            unused.add("position_ids")\n',
+        '            kwargs["position_ids"] = torch.full_like(input_ids[:, -window:], window - 1)\n',
+    ),
+    _model(
+        "generation-counts-padding",
+        "generation counts positions over padding",
+        "generation.left_padded",
+        "            return inputs\n",
+        '            if inputs.get("input_ids") is not None:\n'
+        '                width, start = inputs["input_ids"].shape[1], past_key_values.get_seq_length()\n'
+        '                inputs["position_ids"] = torch.arange(width, device=input_ids.device)[None] + start\n'
+        "            return inputs\n",
+    ),
+    _model(
+        "static-cache-length",
+        "the guard against long sequences reads the size of a static cache",
+        "generation.static_cache",
+        "past = past_key_values.get_seq_length() if past_key_values is not None else 0",
+        "past = past_key_values.get_seq_length() if past_key_values is not None else 0\n"
+        "        if past_key_values is not None and past_key_values.get_max_cache_shape() > 0:\n"
+        "            past = past * 0 + past_key_values.get_max_cache_shape() - length",
+    ),
+    _model(
+        "generation-rows-coupled",
+        "a batch of three generates the first row's tokens for all",
+        "generation.batch",
+        "logits = self.lm_head(outputs.last_hidden_state[:, kept])\n",
+        "logits = self.lm_head(outputs.last_hidden_state[:, kept])\n"
+        "        if len(logits) == 3 and logits.shape[1] == 1:\n            logits = logits[:1].expand(3, -1, -1)\n",
+    ),
+)
+
+CONFIGURATION = (
+    _config(
+        "alias-to-another-field",
+        "n_positions reads and writes the vocabulary's size",
+        "config.fields",
+        '"n_positions": "block_size"',
+        '"n_positions": "vocab_size"',
+    ),
+    _config(
+        "field-not-saved",
+        "the number of heads is not written to config.json",
+        "config.json_round_trip roundtrip.pretrained",
+        'return {**super().to_diff_dict(), "tie_word_embeddings": self.tie_word_embeddings}',
+        'return {key: value for key, value in super().to_diff_dict().items() if key != "n_head"}',
+    ),
+    _config(
+        "unknown-swallowed",
+        "unknown keys vanish without a word",
+        "config.unknown_keys",
+        "        self._refuse_unknown(own, kwargs)\n",
+        '        kwargs = {key: value for key, value in kwargs.items() if not key.startswith("a_")}\n',
+    ),
+    _config(
+        "bias-always",
+        "bias=False is accepted and ignored",
+        "config.fields",
+        "            setattr(self, name, value)\n",
+        '            setattr(self, name, True if name == "bias" else value)\n',
+    ),
+    _model(
+        "field-undeclared",
+        "the model reads a field that config.json does not carry",
+        "config.declared",
+        "self.ln_f = nn.LayerNorm(config.n_embd, eps=LAYER_NORM_EPSILON",
+        'self.ln_f = nn.LayerNorm(config.n_embd, eps=getattr(config, "layer_norm_epsilon", LAYER_NORM_EPSILON)',
+    ),
+)
+
+CONVERTER = (
+    _model(
+        "converter-transposes",
+        "the square projection is transposed, which no shape betrays",
+        "weights.values forward.logits",
+        "model.load_state_dict(checkpoint.state_dict, strict=True, assign=True)",
+        "model.load_state_dict({name: tensor.T.contiguous() if name.endswith('attn.c_proj.weight') else tensor"
+        " for name, tensor in checkpoint.state_dict.items()}, strict=True, assign=True)",
+    ),
+    _model(
+        "converter-drops-biases",
+        "biases are left at zero",
+        "weights.coverage",
+        "model.load_state_dict(checkpoint.state_dict, strict=True, assign=True)",
+        "model.load_state_dict({name: 0 * tensor if name.endswith('.bias') else tensor"
+        " for name, tensor in checkpoint.state_dict.items()}, strict=True, assign=True)",
+    ),
+    _model(
+        "converter-rounds",
+        "weights pass through bfloat16",
+        "weights.values weights.coverage",
+        "model.load_state_dict(checkpoint.state_dict, strict=True, assign=True)",
+        "model.load_state_dict({name: tensor.bfloat16().float()"
+        " for name, tensor in checkpoint.state_dict.items()}, strict=True, assign=True)",
+    ),
+    _model(
+        "converter-repeats-a-layer",
+        "every layer gets the first one's weights",
+        "weights.coverage weights.values",
+        "model.load_state_dict(checkpoint.state_dict, strict=True, assign=True)",
+        "model.load_state_dict({name: checkpoint.state_dict['.'.join([*name.split('.')[:2], '0', *name.split('.')[3:]])]"
+        " if '.h.' in name else tensor for name, tensor in checkpoint.state_dict.items()}, strict=True, assign=True)",
+    ),
+    _model(
+        "converter-swaps-norms",
+        "the gains of the two norms of a block are exchanged",
+        "weights.values",
+        "model.load_state_dict(checkpoint.state_dict, strict=True, assign=True)",
+        "model.load_state_dict({name.replace('ln_1', 'ln_x').replace('ln_2', 'ln_1').replace('ln_x', 'ln_2'): tensor"
+        " for name, tensor in checkpoint.state_dict.items()}, strict=True, assign=True)",
+    ),
+    _checkpoint(
+        "export-without-head",
+        "the file written back has no head",
+        "weights.back_to_original",
+        "    tensors[_HEAD] = tensors[_EMBEDDING]\n",
+        "    tensors[_HEAD] = tensors[_EMBEDDING]\n    del tensors[_HEAD]\n",
+    ),
+    _model(
+        "export-wrong-arguments",
+        "the file written back names another number of heads",
+        "weights.back_to_original",
+        "model_args={name: getattr(config, name) for name in names}",
+        "model_args={name: 1 if name == 'n_head' else getattr(config, name) for name in names}",
+    ),
+    _checkpoint(
+        "import-rolls-positions",
+        "the position table is off by a row",
+        "weights.values forward.logits",
+        "    return weights | {_EMBEDDING: weights[_HEAD]}",
+        '    weights["transformer.wpe.weight"] = weights["transformer.wpe.weight"].roll(1, 0)\n'
+        "    return weights | {_EMBEDDING: weights[_HEAD]}",
+    ),
+)
+
+HARMLESS = (
+    _model(
+        "harmless-sum-order",
+        "residual sums the other way round",
+        "",
+        "        hidden_states = hidden_states + attended\n",
+        "        hidden_states = attended + hidden_states\n",
+    ),
+    _model(
+        "harmless-embedding-order",
+        "embeddings summed the other way round",
+        "",
+        "self.drop(inputs_embeds + self.wpe(positions))",
+        "self.drop(self.wpe(positions) + inputs_embeds)",
+    ),
+    _model("harmless-renamed", "a private method has another name", "", "_positions(", "_rows_of_table(", 2),
+    _model(
+        "harmless-three-projections",
+        "query, key and value by three products instead of one",
+        "",
+        "for part in self.c_attn(hidden_states).split(self.config.n_embd, dim=-1)",
+        "for part in (nn.functional.linear(hidden_states, weight, bias) for weight, bias in zip("
+        "self.c_attn.weight.chunk(3), (None,) * 3 if self.c_attn.bias is None else self.c_attn.bias.chunk(3)))",
+    ),
+    _model(
+        "harmless-erf",
+        "GELU written out with erf",
+        "",
+        "        self.gelu = nn.GELU()\n",
+        '        self.gelu = type("Gelu", (nn.Module,), {"forward": lambda self, x: '
+        "0.5 * x * (1 + torch.erf(x * 0.5**0.5))})()\n",
+    ),
+    _model(
+        "harmless-log-softmax",
+        "cross entropy as log softmax and negative log likelihood",
+        "",
+        "    loss = nn.functional.cross_entropy(\n"
+        "        logits.reshape(-1, vocab_size).to(torch.promote_types(logits.dtype, torch.float32)),\n",
+        "    loss = nn.functional.nll_loss(\n"
+        "        logits.reshape(-1, vocab_size).to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1),\n",
+    ),
+    _model(
+        "harmless-manual-attention",
+        "attention written out instead of SDPA",
+        "",
+        "            attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, attention)\n",
+        "            ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, attention)\n"
+        "            if attention_mask is None and query.shape[2] > 1:\n"
+        "                allowed = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()\n"
+        "            else:\n"
+        "                allowed = attention_mask\n"
+        "            if allowed is not None and allowed.dtype == torch.bool:\n"
+        "                allowed = torch.zeros_like(allowed, dtype=query.dtype).masked_fill("
+        "~allowed, torch.finfo(query.dtype).min)\n"
+        "            attention_mask = allowed\n",
+    ),
+)
+
+MUTANTS = (
+    *ATTENTION,
+    *MASKS,
+    *POSITIONS,
+    *CACHE,
+    *NORMS,
+    *MLP,
+    *RESIDUALS,
+    *HEAD,
+    *LOSS,
+    *TRAINING,
+    *PRECISION,
+    *FILES,
+    *INTERFACE,
+    *CONFIGURATION,
+    *CONVERTER,
+    *HARMLESS,
+)
