@@ -34,8 +34,8 @@ class Mutant:
     """One planted bug, or a harmless rewrite, as an exact edit of the source.
 
     id: short, unique in its family. file: the edited file, relative to the port's root. find: text that occurs in it
-    exactly `times` times. replace: what stands there instead. bug: what a person would call it. killers: patterns of checks
-    that are expected to notice; none for a harmless rewrite, on which the gate must stay green.
+    exactly `times` times. replace: what stands there instead. bug: what a person would call it. killers: patterns of
+    checks that are expected to notice; none for a harmless rewrite, on which the gate must stay green.
     """
 
     id: str

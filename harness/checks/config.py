@@ -84,7 +84,8 @@ def declared(trial: Trial, case: Case) -> dict[str, float]:
     saved = set(json.loads(config.to_json_string(use_diff=False)))
     aliases = getattr(type(config), "attribute_map", {})
     inherited = {name for base in type(config).__mro__[1:] for name in vars(base)}
-    lost = sorted(name for name in read - saved - set(aliases) - inherited if not name.startswith("_"))
+    own = {name for name, value in vars(type(config)).items() if callable(value) or isinstance(value, property)}
+    lost = sorted(name for name in read - saved - set(aliases) - inherited - own if not name.startswith("_"))
     if lost:
         raise Mismatch(
             f"the model reads config.{lost[0]}, which config.json does not carry", metrics={"lost": len(lost)}

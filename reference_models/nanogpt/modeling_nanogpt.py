@@ -464,6 +464,8 @@ class NanoGPTLMHeadModel(NanoGPTPreTrainedModel, GenerationMixin):
     ) -> dict[str, Any]:
         """Select the model inputs of one generation step; without a cache, the original's moving window."""
         if past_key_values is not None:
+            if not TRANSFORMERS_5 and past_key_values.get_seq_length() > 0:
+                inputs_embeds = None  # 4.57 feeds a prompt of one embedding again at every step
             inputs: dict[str, Any] = super().prepare_inputs_for_generation(
                 input_ids,
                 past_key_values=past_key_values,
