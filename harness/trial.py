@@ -98,9 +98,11 @@ def place(trial: Trial, model: torch.nn.Module) -> torch.nn.Module:
 def run_original(
     trial: Trial, module: torch.nn.Module, tokens: torch.Tensor, targets: torch.Tensor | None = None
 ) -> dict[str, torch.Tensor]:
-    """The original's outputs by name, without gradients."""
+    """The original's outputs by name, without gradients, on the CPU; it runs where its parameters are."""
+    device = next(module.parameters()).device
     with torch.no_grad():
-        return trial.family.run_original(module, tokens, targets)
+        outputs = trial.family.run_original(module, tokens.to(device), None if targets is None else targets.to(device))
+    return {name: value.cpu() for name, value in outputs.items()}
 
 
 def run_port(trial: Trial, model: torch.nn.Module, tokens: torch.Tensor, **options: Any) -> dict[str, Any]:

@@ -124,16 +124,17 @@ def cache(trial: Trial, case: Case) -> dict[str, float]:
 
 
 def _pairs(trial: Trial, case: Case) -> tuple[Pair, torch.nn.Module]:
-    """Port and original at the trial's dtype, and the float64 oracle with the same, rounded weights."""
+    """Port and original at the trial's dtype and device, and the float64 oracle with the same, rounded weights."""
     case = dataclasses.replace(case, rows=ROWS)
     pair = prepare(trial, case)
     at_dtype = pair.original.to(pytorch.DTYPES[trial.dtype])
     oracle = copied(at_dtype).double()
+    at_dtype = at_dtype.to(pytorch.device_of(trial.backend))
     return dataclasses.replace(pair, original=at_dtype), oracle
 
 
 def _original(trial: Trial, pair: Pair, tokens: torch.Tensor, targets: torch.Tensor, name: str) -> torch.Tensor:
-    with pytorch.autocast("torch-cpu", trial.dtype):
+    with pytorch.autocast(trial.backend, trial.dtype):
         return run_original(trial, pair.original, tokens, targets)[name]
 
 

@@ -245,7 +245,8 @@ def original_gradients(
 ) -> dict[str, torch.Tensor]:
     """Gradients of the original's loss by parameter name."""
     original.zero_grad()
-    trial.family.run_original(original, tokens, targets)["loss"].backward()
+    device = next(original.parameters()).device
+    trial.family.run_original(original, tokens.to(device), targets.to(device))["loss"].backward()
     return _collected(original)
 
 
