@@ -44,7 +44,7 @@ def write(result: Result, trial: Trial, case: Case, error: Exception, *, directo
         "port": {**dataclasses.asdict(trial.port), "root": str(trial.port.root)},
         "versions": versions(),
     }
-    with new_directory(path) as temporary:
+    with new_directory(path, replace=True) as temporary:
         (temporary / DESCRIPTION).write_text(json.dumps(document, indent=2, default=str) + "\n", encoding="utf-8")
         for file, tensors in (
             ("weights", _weights(trial, case)),
@@ -94,7 +94,7 @@ def _batch(trial: Trial, case: Case) -> dict[str, torch.Tensor]:
     from harness.trial import draw
 
     batch = draw(trial, case)
-    return {"tokens": batch.tokens.contiguous(), "targets": batch.targets.contiguous()}
+    return {"tokens": batch.tokens.clone(), "targets": batch.targets.clone()}
 
 
 def _outputs(error: Exception) -> dict[str, torch.Tensor]:

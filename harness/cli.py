@@ -181,13 +181,14 @@ def _repro(arguments: argparse.Namespace) -> int:
 
     from harness.bundles import read
     from harness.report.json_report import plain
+    from harness.results import as_json
     from harness.runner import replay
 
     port, case, recorded = read(arguments.bundle)
     changed = {name: getattr(arguments, name) for name in ("original", "model", "config") if getattr(arguments, name)}
     result = replay(dataclasses.replace(port, **changed), case, recorded)
     if arguments.json:
-        print(json.dumps(plain(result), indent=2))
+        print(json.dumps(plain(as_json(result)), indent=2))
     else:
         print(f"recorded  {recorded['status']}: {recorded['reason']}")
         print(f"now       {result.status}{': ' + result.reason if result.reason else ''}")

@@ -127,7 +127,11 @@ def find_family(name: str) -> Family:
     if name in _registered:
         return _registered[name]
     for entry in metadata.entry_points(group=ENTRY_POINTS, name=name):
-        family = entry.load()
+        try:
+            family = entry.load()
+        except Exception as error:  # any error of foreign code, at import, is a finding about that code
+            cause = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise DescriptionError(f"family '{name}' cannot be imported from {entry.value}: {cause}") from error
         if not isinstance(family, Family):
             raise DescriptionError(f"entry point {entry.value} of family '{name}' is not a harness.Family")
         return family

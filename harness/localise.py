@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 
 from harness.cases import Case
 from harness.numerics import FLOAT32_INSIDE_BOUND, SEMANTICS_BOUND, relative_error
+from harness.routes import main_route
 from harness.trial import Pair, Trial, port_logits, prepare, run_original
 
 
@@ -30,8 +32,9 @@ def compare_taps(trial: Trial, case: Case, pair: Pair) -> list[tuple[str, torch.
 
 def first_divergence(trial: Trial, case: Case) -> str | None:
     """The first tap whose output differs, for the case without padding; None when all agree or it cannot be told."""
+    here = dataclasses.replace(trial, route=main_route(trial.port))  # modules can be watched in this process alone
     try:
-        found = compare_taps(trial, case, prepare(trial, case))
+        found = compare_taps(here, case, prepare(here, case))
     except Exception:  # the failure is reported already; where it begins is a courtesy
         return None
     bound = SEMANTICS_BOUND if trial.dtype == "float64" else FLOAT32_INSIDE_BOUND * 1000

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from harness.errors import Mismatch
+from harness.errors import Mismatch, Skip
 
 if TYPE_CHECKING:
     import torch
@@ -33,11 +33,20 @@ def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     left, right = actual.detach().cpu().double(), expected.detach().cpu().double()
     if right.numel() == 0:
         return 0.0
-    difference = (left - right).abs()
-    difference = difference.where(left != right, 0.0)  # equal infinities differ by nothing
-    scale = float(right[right.isfinite()].square().mean().sqrt()) if bool(right.isfinite().any()) else 1.0
-    error = float(difference.max()) / (scale if scale > 0 else 1.0)
+    scale = _root_mean_square(right[right.isfinite()])
+    error = float(_distance(left, right).max()) / (scale if scale > 0 else 1.0)
     return error if error == error else float("inf")
+
+
+def _distance(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """|left - right|, where equal infinities are no distance apart."""
+    return (left - right).abs().where(left != right, 0.0)
+
+
+def _root_mean_square(values: torch.Tensor) -> float:
+    """Root mean square of any finite numbers, also those whose squares are none; 0 of nothing."""
+    largest = float(values.abs().max()) if values.numel() else 0.0
+    return largest * float((values / largest).square().mean().sqrt()) if largest > 0 else 0.0
 
 
 def require_shape(what: str, actual: torch.Tensor, expected: torch.Tensor) -> None:
@@ -69,7 +78,7 @@ def _where(actual: torch.Tensor, expected: torch.Tensor) -> str:
         return f"; {bad} of {left.numel()} values are not finite"
     if left.ndim == 0:
         return f" ({float(left):.9g} instead of {float(right):.9g})"
-    place: Any = (left - right).abs().nan_to_num(nan=float("inf")).flatten().argmax()
+    place: Any = _distance(left, right).nan_to_num(nan=float("inf")).flatten().argmax()
     index = []
     for size in reversed(left.shape):
         index.append(int(place % size))
@@ -81,9 +90,9 @@ def _where(actual: torch.Tensor, expected: torch.Tensor) -> str:
 def typical_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     """rms(actual - expected) / rms(expected) in float64; infinite where `actual` is not finite."""
     left, right = actual.detach().cpu().double(), expected.detach().cpu().double()
-    scale = float(right.square().mean().sqrt()) if right.numel() else 0.0
-    error = float((left - right).square().mean().sqrt()) / (scale if scale > 0 else 1.0) if right.numel() else 0.0
-    return error if error == error else float("inf")
+    if not bool(left.isfinite().all()):
+        return float("inf")
+    return _root_mean_square(left - right) / (_root_mean_square(right) or 1.0)
 
 
 def calibrated_bound(*, baseline: float, epsilon: float) -> float:
@@ -98,8 +107,11 @@ def require_calibrated(
 
     e is the root mean square, not the largest error: over 900 draws of correct pairs that only differ in the order of
     their operations, the ratio of the largest errors reached 3.4, that of the root mean squares 1.2.
+    Raises Skip where the original overflows.
     """
     require_shape(what, actual, oracle)
+    if not bool(baseline.isfinite().all()):
+        raise Skip(f"{what}: the original's own are not finite at this dtype, and so are no measure")
     ours, theirs = typical_error(actual, oracle), typical_error(baseline, oracle)
     bound = calibrated_bound(baseline=theirs, epsilon=epsilon)
     metrics = {"error": ours, "original_error": theirs, "ratio": ours / max(theirs, epsilon)}

@@ -141,7 +141,7 @@ def outputs_of(trial: Trial, output: Any) -> dict[str, Any]:
     elif isinstance(output, Mapping):
         named = dict(output)
     else:
-        named = {"logits": output} if isinstance(output, torch.Tensor) else dict(vars(output))
+        named = {"logits": output} if isinstance(output, torch.Tensor) else dict(getattr(output, "__dict__", {}))
     if not isinstance(named.get("logits"), torch.Tensor):
         raise Mismatch(
             f"forward returned {type(output).__name__} without logits; a port returns an output with .logits"

@@ -333,7 +333,7 @@ class NanoGPTModel(NanoGPTPreTrainedModel):
         if self.gradient_checkpointing and self.training:
             use_cache = False
         if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=config)
+            past_key_values = DynamicCache()  # given a configuration, 5.x copies it first
 
         if inputs_embeds is None:
             inputs_embeds = self.wte(input_ids)
