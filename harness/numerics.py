@@ -73,8 +73,7 @@ def require_close(
 
 def _where(actual: torch.Tensor, expected: torch.Tensor) -> str:
     left, right = actual.detach().cpu().double(), expected.detach().cpu().double()
-    if not bool(left.isfinite().all()):
-        bad = int((~left.isfinite()).sum())
+    if bad := int((~left.isfinite() & (left != right)).sum()):
         return f"; {bad} of {left.numel()} values are not finite"
     if left.ndim == 0:
         return f" ({float(left):.9g} instead of {float(right):.9g})"

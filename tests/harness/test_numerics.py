@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harness.errors import Mismatch
+from harness.errors import Mismatch, Skip
 from harness.numerics import (
     calibrated_bound,
     first_difference,
@@ -20,6 +20,7 @@ from harness.numerics import (
     require_close,
     require_shape,
     top_two_gap,
+    typical_error,
 )
 
 INF, NAN = math.inf, math.nan
@@ -218,6 +219,15 @@ def test_require_calibrated_refuses_more_than_the_original_justifies() -> None:
     assert mismatch.tensors == {"actual": actual, "expected": oracle, "original": baseline}
 
 
+def test_typical_error_is_a_root_mean_square_over_a_root_mean_square() -> None:
+    # One outlier that two orders of summation differ by counts with the rest, not alone.
+    assert typical_error(tensor(2.0, 2.0, 2.0, 6.0), tensor(2.0, 2.0, 2.0, 2.0)) == pytest.approx(1.0)
+    assert typical_error(tensor(3.0, -3.0), tensor(1.0, -1.0)) == pytest.approx(2.0)
+    assert typical_error(tensor(0.25, -0.25), tensor(0.0, 0.0)) == pytest.approx(0.25)
+    assert typical_error(tensor(3e200), tensor(2e200)) == pytest.approx(0.5)
+    assert typical_error(tensor(1.0, NAN), tensor(1.0, 1.0)) == INF
+
+
 def test_require_calibrated_checks_the_shape_first() -> None:
     with pytest.raises(Mismatch, match="logits has shape"):
         require_calibrated("logits", torch.ones(2), torch.ones(3), torch.ones(3), epsilon=1.0)
@@ -229,7 +239,7 @@ def test_require_calibrated_refuses_a_port_that_is_not_finite() -> None:
 
 
 def test_an_original_that_is_not_finite_justifies_nothing() -> None:
-    with pytest.raises(Exception, match="finite"):
+    with pytest.raises(Skip, match="the original.s own are not finite at this dtype"):
         require_calibrated("x", tensor(777.0), tensor(NAN), tensor(1.0), epsilon=1e-3)
 
 
