@@ -249,9 +249,14 @@ def _run_import(name: str, spec: str) -> types.ModuleType:
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, or its type when it has none; a broken `__str__` does not matter."""
     try:
-        return str(error).strip().splitlines()[0]
+        return shortened(str(error).strip().splitlines()[0])
     except Exception:  # foreign exceptions may raise while they are shown, or be empty
         return type(error).__name__
+
+
+def shortened(text: str, length: int = 240) -> str:
+    """Text no longer than that, cut with three dots."""
+    return text if len(text) <= length else text[: length - 3] + "..."
 
 
 def check_patterns(ports: Sequence[Port], check_ids: Sequence[str]) -> None:

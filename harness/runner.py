@@ -309,7 +309,7 @@ def explain(error: Exception) -> tuple[Any, str]:
     if inner is None or last == len(frames) - 1:
         where = f" at {Path(inner.filename).name}:{inner.lineno}" if inner else ""
         return "error", f"the harness itself raised {text}{where}"
-    called = frames[last].line or "a call"
+    called = (frames[last].line or "a call").partition("  #")[0]
     return "failed", f"raised {text} ({Path(inner.filename).name}:{inner.lineno}, from `{called}`)"
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -123,8 +123,18 @@ def call_port(trial: Trial, model: torch.nn.Module, tokens: torch.Tensor | None,
     inputs = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in options.items()}
     if tokens is not None:
         inputs["input_ids"] = tokens.to(device)
+    given = {name: value for name, value in inputs.items() if value is not None}
+    _require_taken(model, given)
     with pytorch.autocast(trial.backend, trial.dtype):
-        return model(**{name: value for name, value in inputs.items() if value is not None})
+        return model(**given)
+
+
+def _require_taken(model: torch.nn.Module, names: Iterable[str]) -> None:
+    parameters = inspect.signature(model.forward).parameters
+    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        for name in names:
+            if name not in parameters:
+                raise Mismatch(f"forward takes no '{name}'; a port of this family does, or declares what it lacks")
 
 
 def outputs_of(trial: Trial, output: Any) -> dict[str, Any]:

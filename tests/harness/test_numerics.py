@@ -239,7 +239,7 @@ def test_require_calibrated_refuses_a_port_that_is_not_finite() -> None:
 
 
 def test_an_original_that_is_not_finite_justifies_nothing() -> None:
-    with pytest.raises(Skip, match="the original.s own are not finite at this dtype"):
+    with pytest.raises(Skip, match="the original's own are not finite at this dtype"):
         require_calibrated("x", tensor(777.0), tensor(NAN), tensor(1.0), epsilon=1e-3)
 
 
