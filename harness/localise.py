@@ -4,11 +4,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
 
 import torch
 
+from harness.capture import capture
 from harness.cases import Case
 from harness.numerics import SEMANTICS_BOUND, relative_error
 from harness.routes import main_route
@@ -22,12 +21,12 @@ def compare_taps(trial: Trial, case: Case, pair: Pair) -> list[tuple[str, torch.
     taps = trial.family.taps(case.fields)
     names = {name for name, _ in pair.port.named_modules()}
     present = [tap for tap in taps if tap.port in names]
-    with Recorder(pair.original, {tap.name: tap.original for tap in present}) as theirs:
-        run_original(trial, pair.original, pair.batch.tokens, pair.batch.targets)
-    with Recorder(pair.port, {tap.name: tap.port for tap in present}) as ours:
-        port_logits(trial, pair.port, pair.batch.tokens)
-    seen = [tap.name for tap in present if tap.name in ours.outputs and tap.name in theirs.outputs]
-    return [(name, ours.outputs[name], theirs.outputs[name]) for name in seen]
+    tokens, targets = pair.batch.tokens, pair.batch.targets
+    places = {tap.name: tap.original for tap in present}
+    _, theirs = capture(pair.original, places, lambda: run_original(trial, pair.original, tokens, targets))
+    places = {tap.name: tap.port for tap in present}
+    _, ours = capture(pair.port, places, lambda: port_logits(trial, pair.port, tokens))
+    return [(tap.name, ours[tap.name].cpu(), theirs[tap.name].cpu()) for tap in present]
 
 
 def first_divergence(trial: Trial, case: Case) -> str | None:
@@ -43,30 +42,3 @@ def first_divergence(trial: Trial, case: Case) -> str | None:
         if ours.shape != theirs.shape or not relative_error(ours, theirs) <= SEMANTICS_BOUND:
             return tap
     return None
-
-
-class Recorder:
-    """Keeps, while entered, the output of submodules by name: a tensor, or the first one of a tuple, on the CPU."""
-
-    def __init__(self, module: torch.nn.Module, places: Mapping[str, str]) -> None:
-        self.outputs: dict[str, torch.Tensor] = {}
-        self._hooks: list[Any] = []
-        self._module = module
-        self._places = places
-
-    def __enter__(self) -> Recorder:
-        for name, path in self._places.items():
-            self._hooks.append(self._module.get_submodule(path).register_forward_hook(self._hook(name)))
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for hook in self._hooks:
-            hook.remove()
-
-    def _hook(self, name: str) -> Any:
-        def keep(module: torch.nn.Module, inputs: Any, output: Any) -> None:
-            tensor = output[0] if isinstance(output, tuple) else output
-            if isinstance(tensor, torch.Tensor):
-                self.outputs[name] = tensor.detach().cpu()
-
-        return keep

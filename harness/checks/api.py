@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
+from harness.capture import capture
 from harness.cases import Case
 from harness.checks.loss import at_least_two_tokens, port_labels
 from harness.errors import Mismatch, Skip
-from harness.localise import Recorder
 from harness.numerics import require_close, require_shape
 from harness.routes.pretrained import load, save
 from harness.trial import (
@@ -78,9 +78,8 @@ def hidden_states(trial: Trial, case: Case) -> dict[str, float]:
     pair = prepare(trial, case)
     assert trial.family.taps is not None  # the check needs taps
     places = {tap.name: tap.original for tap in trial.family.taps(case.fields)}
-    with Recorder(pair.original, places) as recorder:
-        run_original(trial, pair.original, pair.batch.tokens, pair.batch.targets)
-    seen = recorder.outputs
+    tokens, targets = pair.batch.tokens, pair.batch.targets
+    _, seen = capture(pair.original, places, lambda: run_original(trial, pair.original, tokens, targets))
     blocks = [name for name in places if name.count(".") == 1 and name.startswith("block.")]
     expected = [seen["embedding"], *(seen[name] for name in blocks[:-1]), seen["final_norm"]]
     states = getattr(_call(trial, pair.port, pair.batch.tokens, output_hidden_states=True), "hidden_states", None)

@@ -4,10 +4,11 @@
 The layout is described in fixtures/golden/README.md. Nothing here imports torch before it is called.
 """
 
+from harness.capture import capture
 from harness.golden.command import add_golden_parser, run_golden
 from harness.golden.file import Golden, read_golden
 from harness.golden.recording import record
-from harness.golden.reproduction import build, capture, gradients, reproduce, without_downcast
+from harness.golden.reproduction import build, gradients, reproduce, without_downcast
 from harness.golden.verification import BOUNDS, GoldenResult, verify
 
 __all__ = [

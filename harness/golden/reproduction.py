@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from harness.capture import capture
 from harness.errors import DescriptionError, Mismatch
 from harness.families import Family, family_names, find_family
 from harness.golden.file import SECTION, Golden, Named, dtype_name, one_line, some
@@ -88,37 +89,6 @@ def inputs_at(golden: Golden, dtype: torch.dtype) -> Named:
     """The file's inputs, the floating-point ones in `dtype`."""
     floats = {name: value.to(dtype) for name, value in golden.inputs.items() if value.is_floating_point()}
     return Named("it holds no inputs/", {**golden.inputs, **floats})
-
-
-def capture(
-    module: torch.nn.Module,
-    places: Mapping[str, str],
-    call: Callable[[], Tensors],
-    *,
-    pick: Mapping[str, Callable[[Any], torch.Tensor]] | None = None,
-) -> tuple[Tensors, dict[str, torch.Tensor]]:
-    """Runs `call` once: what it returns, and by name what the submodules at `places` (name -> path) returned.
-
-    A submodule that returns a tuple gives its first element, unless `pick[name]` takes another.
-    Raises Mismatch when a submodule does not exist or did not run.
-    """
-    seen: dict[str, torch.Tensor] = {}
-    with contextlib.ExitStack() as hooks:
-        for name, path in places.items():
-            taken = (pick or {}).get(name, lambda value: value[0] if isinstance(value, tuple) else value)
-
-            def keep(_module: Any, _inputs: Any, value: Any, name: str = name, taken: Any = taken) -> None:
-                seen[name] = taken(value)
-
-            try:
-                handle = module.get_submodule(path).register_forward_hook(keep)
-            except AttributeError:
-                raise Mismatch(f"{type(module).__name__} has no submodule '{path}', for '{name}'") from None
-            hooks.callback(handle.remove)
-        outputs = call()
-    if silent := set(places) - set(seen):
-        raise Mismatch(f"{type(module).__name__} did not run the submodules of {some(silent)}")
-    return outputs, seen
 
 
 def gradients(golden: Golden, module: torch.nn.Module, objective: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reading what submodules return during one call of a model."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from harness.errors import Mismatch
+
+if TYPE_CHECKING:
+    import torch
+
+Output = TypeVar("Output")
+
+
+def capture(
+    module: torch.nn.Module,
+    places: Mapping[str, str],
+    call: Callable[[], Output],
+    *,
+    pick: Mapping[str, Callable[[Any], torch.Tensor]] | None = None,
+) -> tuple[Output, dict[str, torch.Tensor]]:
+    """Runs `call` once: what it returns, and by name what the submodules at `places` (name -> path) returned.
+
+    A submodule that returns a tuple gives its first element, unless `pick[name]` takes another.
+    Raises Mismatch when a submodule does not exist or did not run.
+    """
+    seen: dict[str, torch.Tensor] = {}
+    with contextlib.ExitStack() as hooks:
+        for name, path in places.items():
+            taken = (pick or {}).get(name, lambda value: value[0] if isinstance(value, tuple) else value)
+
+            def keep(_module: Any, _inputs: Any, value: Any, name: str = name, taken: Any = taken) -> None:
+                seen[name] = taken(value)
+
+            try:
+                handle = module.get_submodule(path).register_forward_hook(keep)
+            except AttributeError:
+                raise Mismatch(f"{type(module).__name__} has no submodule '{path}', for '{name}'") from None
+            hooks.callback(handle.remove)
+        outputs = call()
+    if silent := set(places) - set(seen):
+        raise Mismatch(f"{type(module).__name__} did not run the submodules of {', '.join(sorted(silent))}")
+    return outputs, seen
