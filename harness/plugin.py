@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from harness.errors import ParityError
+from harness.errors import DescriptionError, ParityError
 from harness.results import BAD, Result, as_json
 
 if TYPE_CHECKING:
@@ -101,16 +101,27 @@ def pytest_collection_modifyitems(session: pytest.Session, config: pytest.Config
     """Adds the checks' items, before marker and keyword expressions select."""
     if not wants_parity(config):
         return
+    planned, options = planned_for(config)
+    root: Collected = Collected.from_parent(session, name="parity", nodeid="parity", planned=planned, options=options)
+    items.extend(item for item in session.genitems(root) if _is_selected(item.nodeid, config.stash[_selected]))
+
+
+def planned_for(config: pytest.Config) -> tuple[list[Item], Options]:
+    """What the run asks for; a request that cannot be met ends it with one line and the design's exit code."""
+    from harness.families import nearest
     from harness.runner import plan, require_backends
 
     try:
         options = options_of(config)
         require_backends(options)
         planned = plan(ports_of(config), options)
+        ids = [f"parity::{item.port.name}::{item.check.id}[{item.variant}]" for item in planned]
+        for chosen in config.stash[_selected]:
+            if not any(_is_selected(nodeid, [chosen]) for nodeid in ids):
+                raise DescriptionError(f"'{chosen}' is no check of a described port{nearest(chosen, ids)}")
+        return planned, options
     except ParityError as error:
         pytest.exit(f"parity: {error}", returncode=error.exit_code)
-    root: Collected = Collected.from_parent(session, name="parity", nodeid="parity", planned=planned, options=options)
-    items.extend(item for item in session.genitems(root) if _is_selected(item.nodeid, config.stash[_selected]))
 
 
 def _is_selected(nodeid: str, chosen: list[str]) -> bool:
@@ -129,9 +140,7 @@ class Collected(pytest.Collector):
         if self.name == "parity" and isinstance(self.parent, pytest.Session):
             for name in dict.fromkeys(item.port.name for item in self.planned):
                 own = [item for item in self.planned if item.port.name == name]
-                yield Collected.from_parent(
-                    self, name=name, nodeid=f"parity::{name}", planned=own, options=self.options
-                )
+                yield Collected.from_parent(self, name=name, planned=own, options=self.options)
             return
         for item in self.planned:
             name = f"{item.check.id}[{item.variant}]"
@@ -152,8 +161,13 @@ class CheckItem(pytest.Item):
 
     def runtest(self) -> None:
         """Runs the check; the test's outcome is the result's."""
+        from harness.ports import require_classes
         from harness.runner import run_item
 
+        try:
+            require_classes(self.item.port)
+        except DescriptionError as error:
+            pytest.exit(f"parity: {error}", returncode=error.exit_code)
         self.result = run_item(self.item, self.options, session_of(self.config))
         properties = {"check": self.result.check, "reason": self.result.reason}
         if self.result.config is not None:
@@ -168,8 +182,8 @@ class CheckItem(pytest.Item):
         return super().repr_failure(excinfo, style)
 
     def reportinfo(self) -> tuple[Path, None, str]:
-        """Where the port is described, and the item's id."""
-        return self.path, None, self.nodeid
+        """Where the port is described, and a heading."""
+        return self.path, None, f"{self.item.port.name}: {self.name}"
 
 
 class CheckFailed(Exception):
@@ -178,6 +192,7 @@ class CheckFailed(Exception):
 
 def settle(result: Result) -> None:
     """Turns a result into the outcome of the running test."""
+    __tracebackhide__ = True
     if result.status == "skipped":
         pytest.skip(result.reason)
     if result.status == "xfailed":
@@ -221,6 +236,7 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> None:
         if isinstance(value, BoundCheck):
 
             def check(_port: Any = None, *, bound: BoundCheck = value) -> Result:
+                __tracebackhide__ = True
                 result = run_item(bound.item, bound.options, session_of(pyfuncitem.config))
                 settle(result)
                 return result
@@ -250,9 +266,12 @@ class ResultCollector:
             self.results.append(Result(**values))
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_sessionstart(session: pytest.Session) -> None:
-    """Starts keeping results, in the process that reports."""
+    """Starts keeping results, in the process that reports, and refuses wrong requests before workers start."""
     if not hasattr(session.config, "workerinput"):
+        if wants_parity(session.config):
+            planned_for(session.config)
         session.config.pluginmanager.register(ResultCollector(session.config), "parity-results")
 
 

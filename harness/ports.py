@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import fnmatch
 import hashlib
@@ -86,15 +87,15 @@ def _problem(port: Port) -> str | None:
         return f"load = {port.load!r} is not one of {', '.join(LOADERS)}{nearest(loader, LOADERS)}"
     if loader in ("checkpoint", "command") and not rest:
         return f"load = {port.load!r} needs what to call after the colon, such as '{loader}:...'"
-    if loader == "command" and not ("{checkpoint}" in rest and "{out}" in rest):
-        return "load = 'command:...' must contain {checkpoint} and {out}"
+    if loader == "command" and not _is_template(rest):
+        return f"load = {port.load!r} must contain {{checkpoint}} and {{out}}, and nothing else in braces"
     if port.labels not in ("hf", "preshifted"):
         return f"labels must be 'hf' or 'preshifted', not {port.labels!r}"
     for key in ("lacks", "xfail", "config_map"):
         table = getattr(port, key)
         if not isinstance(table, Mapping) or not all(isinstance(value, str) and value for value in table.values()):
             return f"{key} must be a table of strings, a reason or a name for each key"
-    if isinstance(port.code, str) or not all(isinstance(file, str) for file in port.code):
+    if not isinstance(port.code, list | tuple) or not all(isinstance(file, str) for file in port.code):
         return f"code must be a list of file names, not {port.code!r}"
     if isinstance(port.min_checks, bool) or not isinstance(port.min_checks, int) or port.min_checks < 0:
         return f"min_checks must be a count of checks, not {port.min_checks!r}"
@@ -103,6 +104,14 @@ def _problem(port: Port) -> str | None:
     ):
         return f"ignore_index must be a whole number, not {port.ignore_index!r}"
     return None
+
+
+def _is_template(text: str) -> bool:
+    try:
+        text.format(checkpoint="", out="")
+    except (KeyError, IndexError, ValueError):
+        return False
+    return "{checkpoint}" in text and "{out}" in text
 
 
 def _is_spec(spec: Any) -> bool:
@@ -114,6 +123,8 @@ def _is_spec(spec: Any) -> bool:
 
 def parse_ports(table: Mapping[str, Any], *, root: Path, file: str) -> tuple[Port, ...]:
     """The ports of one `[tool.parity]` table. Raises DescriptionError that names the file, the port and the key."""
+    if not isinstance(table, Mapping):
+        raise DescriptionError(f"{file}: tool.parity must be a table, not {table!r}")
     unknown = sorted(set(table) - {"port"})
     if unknown:
         raise DescriptionError(f"{file}: [tool.parity] has no key '{unknown[0]}'{nearest(unknown[0], ['port'])}")
@@ -154,7 +165,8 @@ def read_ports(directory: Path) -> tuple[Port, ...]:
             document = tomllib.loads(path.read_text(encoding="utf-8"))
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise DescriptionError(f"{name} is not valid TOML: {error}") from None
-        table = document.get("tool", {}).get("parity")
+        tools = document.get("tool", {})
+        table = tools.get("parity") if isinstance(tools, dict) else None
         if table is None and name == "parity.toml":
             table = document
         if table is not None:
@@ -189,6 +201,67 @@ def load_object(spec: str, *, root: Path) -> Any:
             raise DescriptionError(f"'{spec}': there is no '{part}' in {place}{nearest(part, own)}")
         found = getattr(found, part)
     return found
+
+
+def require_named(port: Port) -> None:
+    """Raises DescriptionError when a file that the port's description names, or the class in it, does not exist.
+
+    Reads the files without running them; what is named by module is found when it is imported.
+    """
+    for key in ("model", "config", "original"):
+        place, _, name = (getattr(port, key) or "").rpartition(":")
+        if not place.endswith(".py"):
+            continue
+        path = port.root / place
+        if not path.is_file():
+            raise DescriptionError(f"port '{port.name}': {key} = '{place}:{name}': there is no file {path}")
+        names = _top_level_names(path)
+        if names and name.partition(".")[0] not in names:
+            raise DescriptionError(
+                f"port '{port.name}': {key} = '{place}:{name}': there is no '{name}' in {place}{nearest(name, names)}"
+            )
+    for file in port.code:
+        if not (port.root / file).is_file():
+            raise DescriptionError(f"port '{port.name}': code names {file}: there is no file {port.root / file}")
+
+
+def require_classes(port: Port) -> None:
+    """Raises DescriptionError when what a description names is no class, or its `config` no configuration class.
+
+    Code that cannot be imported is left to the checks, whose finding it is.
+    """
+    for key in ("model", "config", "original"):
+        spec = getattr(port, key)
+        if spec is None:
+            continue
+        try:
+            found = load_object(spec, root=port.root)
+        except Mismatch:
+            continue
+        except DescriptionError as error:
+            raise DescriptionError(f"port '{port.name}': {key} = {error}") from None
+        if not isinstance(found, type):
+            raise DescriptionError(f"port '{port.name}': {key} = '{spec}' is a {type(found).__name__}, not a class")
+        if key == "config" and not (dataclasses.is_dataclass(found) or hasattr(found, "to_dict")):
+            raise DescriptionError(
+                f"port '{port.name}': config = '{spec}' is not a configuration class: it has no to_dict()"
+            )
+
+
+def _top_level_names(path: Path) -> list[str]:
+    """Names that a file's own statements bind, classes first; empty when it may bind others, or is not Python."""
+    try:
+        statements = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+    except (SyntaxError, ValueError):
+        return []  # the checks will say so when they import it
+    imports = [node for node in statements if isinstance(node, ast.Import | ast.ImportFrom)]
+    aliases = [alias.asname or alias.name.partition(".")[0] for node in imports for alias in node.names]
+    if "*" in aliases or any(isinstance(node, ast.Call) and "exec" in ast.dump(node.func) for node in statements):
+        return []
+    classes = [node.name for node in statements if isinstance(node, ast.ClassDef)]
+    functions = [node.name for node in statements if isinstance(node, ast.FunctionDef)]
+    assigned = [node.id for node in statements if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)]
+    return [*classes, *functions, *assigned, *aliases]
 
 
 def source_file(spec: str, *, root: Path) -> Path:
@@ -242,7 +315,7 @@ def _import_lone_file(path: Path, spec: str) -> types.ModuleType:
 def _run_import(name: str, spec: str) -> types.ModuleType:
     try:
         return importlib.import_module(name)
-    except Exception as error:  # any error of foreign code, at import, is a finding about that code
+    except (Exception, SystemExit) as error:  # whatever foreign code does at import is a finding about that code
         raise Mismatch(f"'{spec}' cannot be imported: {type(error).__name__}: {first_line(error)}") from error
 
 

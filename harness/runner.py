@@ -23,7 +23,7 @@ from harness.cases import Case, cases
 from harness.checks import CATALOGUE, MAIN, Check, check_ids, function_of
 from harness.errors import DescriptionError, Mismatch, NotHere, ParityError, Skip
 from harness.families import Family, nearest
-from harness.ports import Port, check_patterns, family_of, first_line
+from harness.ports import Port, check_patterns, family_of, first_line, require_classes, require_named
 from harness.results import BAD, Result, checks_run
 from harness.routes import main_route
 
@@ -93,9 +93,12 @@ class Item:
 def plan(ports: Sequence[Port], options: Options) -> list[Item]:
     """Every item of the ports, in the catalogue's order; imports families, but no framework.
 
-    Raises DescriptionError for an unknown family and for `lacks` or `xfail` patterns that match no check.
+    Raises DescriptionError for an unknown family, a file or class that does not exist, and `lacks` or `xfail` patterns
+    that match no check.
     """
     check_patterns(ports, check_ids())
+    for port in ports:
+        require_named(port)
     return [item for port in ports for item in _plan_port(port, family_of(port), options)]
 
 
@@ -362,6 +365,8 @@ def run_ports(
     """Runs every item of the ports, calling `on_result` after each. Raises NotHere and DescriptionError only."""
     require_backends(options)
     items = plan(ports, options)
+    for port in ports:
+        require_classes(port)
     results = []
     with session() as shared:
         for item in items:

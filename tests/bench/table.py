@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Prints the README's tables from what `pytest tests/bench --benchmark-only --benchmark-json FILE` measured."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+CHECKS = "check, one case"
+GROUPS = ("gate", "fresh process", "harness", "nanoGPT")
+
+
+def main(file: str) -> None:
+    measured = json.loads(Path(file).read_text())["benchmarks"]
+    print("\n".join([*overview(measured), "", *checks(measured)]))
+
+
+def overview(measured: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """One row for each benchmark that is not of a single check."""
+    yield from row(["measured", "median", "beside"], heading=True)
+    for group in GROUPS:
+        for one in measured:
+            if one["group"] == group:
+                yield from row([one["extra_info"]["what"], seconds(one["stats"]["median"]), beside(one["extra_info"])])
+
+
+def beside(extra: dict[str, Any]) -> str:
+    """The numbers that a benchmark noted beside its time."""
+    if "ratio" in extra:
+        ratio = extra["ratio"]
+        times = f"{1 / ratio:.1f} times as fast as" if ratio < 0.5 else f"{ratio:.2f} of the time of"
+        return f"{times} the original, {seconds(extra['original_seconds'])}"
+    if "harness_over_models" in extra:
+        parts = ", ".join(f"{name} {seconds(extra[f'{name}_seconds'])}" for name in ("running", "building", "harness"))
+        return f"{parts}: the harness takes {extra['harness_over_models']:.2f} of the models' time"
+    if "kib_per_case" in extra:
+        sizes = ", ".join(f"{extra[key]:.0f}" for key in extra if key.startswith("mib_after_"))
+        return f"MiB after {', '.join(key[10:] for key in extra if key.startswith('mib_after_'))}: {sizes}"
+    return ""
+
+
+def checks(measured: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """One row for each group of checks."""
+    own = [one for one in measured if one["group"] == CHECKS]
+    times = {one["extra_info"]["what"]: one["stats"]["median"] for one in own}
+    yield from row(["checks, one case each", "number", "together", "slowest"], heading=True)
+    for group in dict.fromkeys(check.partition(".")[0] for check in times):
+        mine = {check: value for check, value in times.items() if check.startswith(f"{group}.")}
+        slowest = max(mine, key=mine.__getitem__)
+        yield from row([group, str(len(mine)), seconds(sum(mine.values())), f"{slowest}, {seconds(mine[slowest])}"])
+
+
+def row(cells: Iterable[str], *, heading: bool = False) -> Iterator[str]:
+    """A row of a Markdown table, with the rule below a heading."""
+    cells = list(cells)
+    yield f"| {' | '.join(cells)} |"
+    if heading:
+        yield "|" + "---|" * len(cells)
+
+
+def seconds(value: float) -> str:
+    """A duration with two or three digits."""
+    return f"{value * 1000:.3g} ms" if value < 1 else f"{value:.3g} s"
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("usage: python tests/bench/table.py BENCHMARK.json")
+    main(sys.argv[1])

@@ -1,0 +1,316 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a failure report shows is only useful small: the case is shrunk to what matters, in bounded time, repeatably."""
+
+import importlib.util
+import sys
+import types
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import settings
+from hypothesis.database import InMemoryExampleDatabase
+from hypothesis.strategies import SearchStrategy
+
+from harness.cases import Case, cases
+from harness.errors import Mismatch
+from harness.exploration import Failure, explore
+from harness.families import find_family
+
+Attempt = Callable[[Case], None]
+
+FAMILY = find_family("nanogpt")
+PLAINEST = {
+    "block_size": 4,
+    "vocab_size": 11,
+    "n_layer": 1,
+    "n_head": 1,
+    "n_embd": 4,
+    "dropout": 0.0,
+    "bias": False,
+    "rows": 1,
+    "seed": 0,
+}
+
+
+def fails_when(predicate: Callable[[Case], bool]) -> Attempt:
+    def attempt(case: Case) -> None:
+        if predicate(case):
+            raise Mismatch(f"fails with {case.rows} rows")
+
+    return attempt
+
+
+def search(attempt: Attempt, *, seed: int | None = 0, **options: Any) -> Failure | None:
+    arguments: dict[str, Any] = {"examples": 100, "database": False, "shrink_seconds": 60.0}
+    return explore(attempt, cases(FAMILY), seed=seed, **(arguments | options))
+
+
+def minimal(predicate: Callable[[Case], bool], seed: int = 0) -> dict[str, Any]:
+    failure = search(fails_when(predicate), seed=seed)
+    assert failure is not None
+    return failure.case.as_dict()
+
+
+every_seed = pytest.mark.parametrize("seed", range(4))
+
+
+# Shrinking
+
+
+@every_seed
+@pytest.mark.parametrize(
+    ("predicate", "expected"),
+    [
+        (lambda case: True, {}),
+        (lambda case: case.fields["n_layer"] >= 2, {"n_layer": 2}),
+        (lambda case: case.fields["n_layer"] >= 3, {"n_layer": 3}),
+        (lambda case: case.fields["n_head"] > 1, {"n_head": 2}),
+        (lambda case: case.tokens == case.fields["block_size"], {"tokens": 4}),
+        (lambda case: case.tokens == 1, {"tokens": 1}),
+        (lambda case: case.tokens >= 7, {"tokens": 7, "block_size": 7}),
+        (lambda case: case.fields["bias"], {"bias": True}),
+        (lambda case: case.fields["vocab_size"] > 17, {"vocab_size": 18}),
+        (lambda case: case.rows > 1, {"rows": 2}),
+        (lambda case: case.seed > 100, {"seed": 101}),
+        (lambda case: case.fields["n_layer"] > 1 and case.rows > 1, {"n_layer": 2, "rows": 2}),
+    ],
+    ids=[
+        "always",
+        "two layers",
+        "three layers",
+        "two heads",
+        "maximum length",
+        "one token",
+        "seven tokens",
+        "bias",
+        "vocabulary",
+        "two rows",
+        "seed",
+        "two layers and rows",
+    ],
+)
+def test_what_matters_stays_and_all_else_is_plainest(
+    predicate: Callable[[Case], bool], expected: dict[str, Any], seed: int
+) -> None:
+    found = minimal(predicate, seed)
+    if "tokens" not in expected:
+        del found["tokens"]
+    assert found == PLAINEST | expected
+
+
+@pytest.mark.xfail(strict=True, reason="the maximum is drawn with fewer choices than a length, which is simpler")
+@every_seed
+def test_a_length_that_does_not_matter_is_not_shown_as_the_maximum(seed: int) -> None:
+    assert minimal(lambda case: True, seed)["tokens"] == 2
+
+
+def test_the_error_is_that_of_the_smallest_case() -> None:
+    failure = search(fails_when(lambda case: case.rows > 1))
+    assert failure is not None
+    assert isinstance(failure.error, Mismatch)
+    assert str(failure.error) == "fails with 2 rows"
+
+
+def test_the_smallest_case_did_fail_itself() -> None:
+    # Above a second bug of another kind shrinking may wander; the case and its error stay together.
+    failed: dict[str, str] = {}
+
+    def attempt(case: Case) -> None:
+        if case.fields["n_layer"] > 1 or case.fields["bias"]:
+            error = ValueError("layers") if case.fields["n_layer"] > 1 else KeyError("bias")
+            failed[str(case.as_dict())] = repr(error)
+            raise error
+
+    for seed in range(4):
+        failure = search(attempt, seed=seed)
+        assert failure is not None
+        assert failed[str(failure.case.as_dict())] == repr(failure.error)
+
+
+def test_nothing_fails() -> None:
+    tried: list[Case] = []
+    assert search(tried.append, examples=24) is None
+    assert len(tried) == 24
+
+
+def test_attempts_count_failing_cases() -> None:
+    outcomes: list[bool] = []
+
+    def attempt(case: Case) -> None:
+        outcomes.append(case.rows > 1)
+        if case.rows > 1:
+            raise Mismatch("rows")
+
+    failure = search(attempt)
+    assert failure is not None
+    assert failure.attempts == sum(outcomes)
+    assert False in outcomes
+
+
+def test_any_exception_of_a_port_is_a_failure() -> None:
+    def attempt(case: Case) -> None:
+        raise IndexError("index out of range in self")
+
+    failure = search(attempt)
+    assert failure is not None and isinstance(failure.error, IndexError)
+
+
+@pytest.mark.xfail(strict=True, raises=SystemExit, reason="a port that calls sys.exit(0) ends the gate, with status 0")
+def test_a_port_that_exits_is_a_failure() -> None:
+    def attempt(case: Case) -> None:
+        raise SystemExit(0)
+
+    assert search(attempt) is not None
+
+
+def test_an_error_of_the_strategy_is_no_failure_of_a_case() -> None:
+    from hypothesis import strategies as st
+
+    def broken(number: int) -> Case:
+        raise ZeroDivisionError("the strategy itself")
+
+    strategy: SearchStrategy[Case] = st.integers(0, 3).map(broken)
+    with pytest.raises(ZeroDivisionError, match="the strategy itself"):
+        explore(fails_when(lambda case: False), strategy, examples=3, seed=0, database=False, shrink_seconds=1.0)
+
+
+# Time
+
+
+@pytest.mark.parametrize("budget", [0.0, 3.0, 10.0])
+def test_shrinking_stops_when_its_time_is_up(budget: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr("harness.exploration.time", types.SimpleNamespace(monotonic=lambda: clock[0]))
+    after_failure: list[Case] = []
+    failed: list[Case] = []
+
+    def attempt(case: Case) -> None:
+        clock[0] += 1.0  # every attempt takes a second
+        if failed:
+            after_failure.append(case)
+        if case.fields["n_layer"] > 1:
+            failed.append(case)
+            raise Mismatch("layers")
+
+    failure = search(attempt, seed=2, shrink_seconds=budget)
+    assert failure is not None
+    assert failure.case in failed
+    assert len(after_failure) <= budget + 1
+    assert not budget or after_failure, "there was time to shrink"
+
+
+def test_more_time_finds_a_smaller_case(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr("harness.exploration.time", types.SimpleNamespace(monotonic=lambda: clock[0]))
+
+    def attempt(case: Case) -> None:
+        clock[0] += 1.0
+        if case.rows > 1:
+            raise Mismatch("rows")
+
+    def size(budget: float) -> int:
+        clock[0] = 0.0
+        failure = search(attempt, seed=2, shrink_seconds=budget)
+        assert failure is not None
+        numbers = failure.case.as_dict()
+        return sum(int(value) for value in numbers.values())
+
+    assert size(1e6) < size(0.0)
+
+
+# Repeatable
+
+
+def test_a_case_that_fails_once_is_a_failure_that_says_so() -> None:
+    seen: set[str] = set()
+
+    def attempt(case: Case) -> None:
+        key = str(case.as_dict())
+        if key not in seen:
+            seen.add(key)
+            raise Mismatch("only the first time")
+
+    failure = search(attempt)
+    assert failure is not None
+    assert isinstance(failure.error, Mismatch)
+    assert str(failure.error) == "the same case failed once and passed once; the failure was: only the first time"
+
+
+def test_the_same_seed_draws_the_same_cases() -> None:
+    def drawn(seed: int | None) -> list[Case]:
+        tried: list[Case] = []
+        search(tried.append, seed=seed)
+        return tried
+
+    assert drawn(3) == drawn(3)
+    assert drawn(3) != drawn(4)
+    assert drawn(None) != drawn(None)
+
+
+@pytest.mark.xfail(
+    strict=True, reason="Hypothesis mixes constants of the modules that happen to be imported into draws"
+)
+def test_the_same_seed_draws_the_same_cases_whatever_else_is_imported(tmp_path: Path) -> None:
+    # Else an edit anywhere in a repository, or another selection of tests, changes what its gate tries.
+    def drawn() -> list[Case]:
+        tried: list[Case] = []
+        for seed in range(20):
+            search(tried.append, seed=seed)
+        return tried
+
+    before = drawn()
+    (tmp_path / "unrelated.py").write_text("SIZES = [3, 5, 7, 13, 14, 15, 19, 31, 51, 57, 777, 888]\n")
+    spec = importlib.util.spec_from_file_location("unrelated", tmp_path / "unrelated.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    sys.modules["unrelated"] = module
+    try:
+        assert drawn() == before
+    finally:
+        del sys.modules["unrelated"]
+
+
+@pytest.fixture
+def database() -> Iterator[InMemoryExampleDatabase]:
+    """A database that every Hypothesis test of this process would use, were it not told otherwise."""
+    shared = InMemoryExampleDatabase()
+    settings.register_profile("test_exploration", settings(), database=shared)
+    before = settings.get_current_profile_name()
+    settings.load_profile("test_exploration")
+    yield shared
+    settings.load_profile(before)
+
+
+def test_a_seeded_run_neither_reads_nor_writes_a_database(database: InMemoryExampleDatabase) -> None:
+    assert search(fails_when(lambda case: case.rows > 1)) is not None
+    assert not database.data
+
+
+def first_tried(attempt: Attempt) -> Case:
+    tried: list[Case] = []
+
+    def recording(case: Case) -> None:
+        tried.append(case)
+        attempt(case)
+
+    search(recording, seed=None, database=True, examples=60)
+    return tried[0]
+
+
+def test_a_run_with_a_database_tries_an_earlier_failure_first(database: InMemoryExampleDatabase) -> None:
+    attempt = fails_when(lambda case: case.rows > 1 and case.fields["n_layer"] == 2)
+    first_tried(attempt)
+    assert database.data
+    again = first_tried(attempt)
+    assert (again.rows, again.fields["n_layer"]) == (2, 2)
+
+
+@pytest.mark.xfail(strict=True, reason="all checks share one key of the database, and one that passes clears it")
+def test_a_check_that_passes_keeps_the_failures_of_another(database: InMemoryExampleDatabase) -> None:
+    first_tried(fails_when(lambda case: case.rows > 1))
+    kept = {key: set(values) for key, values in database.data.items()}
+    first_tried(fails_when(lambda case: False))
+    assert {key: set(values) for key, values in database.data.items()} == kept

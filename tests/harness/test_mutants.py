@@ -1,0 +1,254 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whoever tests the gate has to be right: a bug that was not planted, or not judged, must not count as noticed."""
+
+import dataclasses
+import json
+import multiprocessing
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from harness.checks import check_ids
+from harness.errors import DescriptionError
+from harness.families import find_family
+from harness.mutants import Mutant, Trapped, mutants_of, mutated_source, plant, score, selftest, table
+from harness.ports import Port, read_ports
+
+ROOT = Path(__file__).parents[2]
+FAMILY = find_family("nanogpt")
+PORT = next(port for port in read_ports(ROOT) if port.name == "nanogpt")
+KEPT = ("config.fields", "forward.lengths", "loss.value")
+PATIENCE = 3.0
+
+
+def mutant(name: str = "m", find: str = "b", replace: str = "x", **values: Any) -> Mutant:
+    return Mutant(**{"id": name, "file": "a.py", "find": find, "replace": replace, "bug": f"bug {name}", **values})
+
+
+def port_of(root: Path, **files: str) -> Port:
+    for name, text in files.items():
+        (root / f"{name}.py").write_text(text)
+    code = [f"{name}.py" for name in files]
+    return Port(name="p", family="nanogpt", model="a.py:Model", config="a.py:Config", code=code, root=root)
+
+
+# Planting
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        ({"find": "z"}, "mutant 'm': its text occurs 0 times in a.py, expected 1"),
+        ({"find": "a"}, "mutant 'm': its text occurs 2 times in a.py, expected 1"),
+        ({"find": "a", "times": 3}, "mutant 'm': its text occurs 2 times in a.py, expected 3"),
+        ({"file": "none.py"}, "mutant 'm': there is no file {root}/none.py"),
+    ],
+)
+def test_an_edit_that_does_not_match_is_refused_before_anything_runs(
+    edit: dict[str, Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_process(method: str) -> None:
+        raise AssertionError("a process was started")
+
+    monkeypatch.setattr(multiprocessing, "get_context", no_process)
+    port = port_of(tmp_path, a="a b a\n")
+    message = message.format(root=tmp_path)
+    with pytest.raises(DescriptionError) as caught:
+        mutated_source(mutant(**edit), tmp_path)
+    assert str(caught.value) == message
+    with pytest.raises(DescriptionError) as caught:
+        list(selftest(port, [mutant(), mutant(**edit)]))
+    assert str(caught.value) == message
+
+
+def test_every_occurrence_is_edited(tmp_path: Path) -> None:
+    port_of(tmp_path, a="a b a\n")
+    assert mutated_source(mutant(find="a", replace="aa", times=2), tmp_path) == "aa b aa\n"
+
+
+def test_plant_copies_the_code_alone_and_edits_one_file(tmp_path: Path) -> None:
+    root, planted = tmp_path / "root", tmp_path / "planted"
+    (root / "deep").mkdir(parents=True)
+    port = port_of(root, a="a b a\n", c="b\n")
+    (root / "secrets.py").write_text("not code\n")
+    (root / "deep" / "d.py").write_text("d\n")
+    port = dataclasses.replace(port, code=(*port.code, "deep/d.py"))
+
+    copy = plant(mutant(), port, planted)
+
+    found = {str(path.relative_to(planted)): path.read_text() for path in planted.rglob("*") if path.is_file()}
+    assert found == {"a.py": "a x a\n", "c.py": "b\n", "deep/d.py": "d\n"}
+    assert copy == dataclasses.replace(port, root=planted)
+    assert (root / "a.py").read_text() == "a b a\n"
+
+
+def test_a_port_that_does_not_say_what_it_consists_of_cannot_be_planted_in(tmp_path: Path) -> None:
+    port = dataclasses.replace(port_of(tmp_path, a="a b a\n"), code=())
+    with pytest.raises(DescriptionError, match="port 'p': selftest needs `code`"):
+        plant(mutant(), port, tmp_path / "planted")
+
+
+def test_two_mutants_of_one_id_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "twice.py").write_text(
+        "from harness.mutants import Mutant\n"
+        "one = Mutant(id='same', file='a.py', find='a', replace='b', bug='-')\n"
+        "MUTANTS = (one, one)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DescriptionError, match="family 'nanogpt' has two mutants 'same'"):
+        mutants_of(dataclasses.replace(FAMILY, mutants="twice.py:MUTANTS"))
+    with pytest.raises(DescriptionError, match="family 'nanogpt' has no mutants"):
+        mutants_of(dataclasses.replace(FAMILY, mutants=None))
+
+
+# Judging
+
+MODEL = "reference_models/nanogpt/modeling_nanogpt.py"
+AT_IMPORT = "LAYER_NORM_EPSILON = 1e-5\n"
+
+
+def in_model(name: str, find: str, replace: str, killers: Sequence[str] = ()) -> Mutant:
+    return mutant(name, find, replace, file=MODEL, killers=tuple(killers))
+
+
+def at_import(name: str, statement: str, killers: Sequence[str] = ("loss.value",)) -> Mutant:
+    return in_model(name, AT_IMPORT, f"{statement}\n{AT_IMPORT}", killers)
+
+
+PLANTED = (
+    in_model("killed", "nn.GELU()", "nn.ReLU()", ["forward.*", "config.fields"]),
+    in_model("survived", "self.gelu = nn.GELU()", "self.gelu = nn.GELU()  # the same", ["loss.value"]),
+    in_model("green", "self.gelu = nn.GELU()", "self.gelu = nn.GELU()  # the same"),
+    in_model("red", "nn.GELU()", "nn.ReLU()"),
+    at_import("exits", "import os; os._exit(0)"),
+    at_import("raises", "raise RuntimeError('at import')"),
+    at_import("ends", "raise SystemExit(0)"),
+    at_import("hangs", "import time; time.sleep(1000)"),
+    at_import("exits-harmless", "import os; os._exit(0)", ()),
+    at_import("interrupts", "raise KeyboardInterrupt"),
+    in_model("next", "nn.GELU()", "nn.ReLU()", ["loss.value"]),
+)
+
+JUDGE = """
+import dataclasses, importlib, json, sys
+from pathlib import Path
+import torch
+from harness import mutants
+from harness.checks import CATALOGUE, function_of
+from harness.ports import Port
+from harness.runner import session
+from harness.sandbox.server import PRELOAD
+
+torch.set_num_threads(1)
+for name in PRELOAD:
+    importlib.import_module(name)
+for check in CATALOGUE:
+    function_of(check)
+asked = json.load(sys.stdin)
+port = Port(**{**asked["port"], "root": Path(asked["port"]["root"])})
+verdicts = []
+with session() as shared:
+    for each in asked["mutants"]:
+        mutants.VERDICT_SECONDS = asked["patience"] if each["id"] == "hangs" else 100
+        verdicts.append(dataclasses.asdict(mutants._verdict(mutants.Mutant(**each), port, shared, False)))
+print(json.dumps(verdicts))
+"""
+
+
+@pytest.fixture(scope="module")
+def verdicts() -> dict[str, Trapped]:
+    """What becomes of PLANTED with three checks, in a process that may fork, and that has less patience."""
+    lacks = {check: "only a few checks are asked here" for check in check_ids() if check not in KEPT}
+    port = dataclasses.replace(PORT, lacks=lacks, min_checks=0)
+    planted = [dataclasses.asdict(each) for each in PLANTED]
+    asked = {"port": dataclasses.asdict(port), "mutants": planted, "patience": PATIENCE}
+    done = subprocess.run(
+        [sys.executable, "-c", JUDGE],
+        input=json.dumps(asked, default=str),
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    entries = [Trapped(**entry) for entry in json.loads(done.stdout.splitlines()[-1])]
+    assert [entry.mutant for entry in entries] == [each.id for each in PLANTED]
+    return {entry.mutant: entry for entry in entries}
+
+
+@pytest.mark.parametrize(
+    ("name", "verdict", "killers", "missed"),
+    [
+        # Checks expected to notice run first, all of them; those that did not are named, the rest is not asked.
+        ("killed", "killed", ["forward.lengths"], ["config.fields"]),
+        ("survived", "survived", [], ["loss.value"]),
+        ("green", "green", [], []),
+        ("red", "red", ["forward.lengths"], []),
+        ("raises", "killed", ["loss.value"], []),
+        ("exits", "killed", [], ["loss.value"]),
+        ("ends", "killed", ["loss.value"], []),
+        ("hangs", "killed", [], ["loss.value"]),
+        ("interrupts", "killed", [], ["loss.value"]),
+        ("exits-harmless", "red", [], []),
+        ("next", "killed", ["loss.value"], []),
+    ],
+)
+def test_what_becomes_of_a_mutant(
+    name: str, verdict: str, killers: list[str], missed: list[str], verdicts: dict[str, Trapped]
+) -> None:
+    trapped = verdicts[name]
+    assert trapped.verdict == verdict
+    assert list(trapped.killers) == killers
+    assert list(trapped.missed) == missed
+    assert trapped.harmless == (name in ("green", "red", "exits-harmless"))
+    assert trapped.good == (verdict in ("killed", "green"))
+
+
+def test_the_reason_is_that_of_the_first_check_that_failed(verdicts: dict[str, Trapped]) -> None:
+    assert "logits of " in verdicts["killed"].reason
+    assert "RuntimeError: at import" in verdicts["raises"].reason
+    assert verdicts["green"].reason == verdicts["survived"].reason == ""
+
+
+@pytest.mark.parametrize("name", ["exits", "hangs", "interrupts", "exits-harmless"])
+def test_a_gate_that_does_not_end_by_itself_says_so(name: str, verdicts: dict[str, Trapped]) -> None:
+    assert verdicts[name].reason == "the gate did not end by itself"
+
+
+def test_what_hangs_is_stopped_when_its_time_is_up(verdicts: dict[str, Trapped]) -> None:
+    assert PATIENCE <= verdicts["hangs"].seconds < 1000  # what it sleeps
+
+
+# Telling
+
+
+def trapped(name: str, verdict: Any, seconds: float = 1.0, **values: Any) -> Trapped:
+    given = {"bug": f"bug {name}", "harmless": verdict in ("green", "red"), "killers": [], "missed": [], "reason": ""}
+    return Trapped(mutant=name, verdict=verdict, seconds=seconds, **(given | values))
+
+
+def test_the_table_names_who_noticed_and_who_did_not() -> None:
+    lines = table(
+        [
+            trapped("one", "killed", 2.0, killers=["loss.value"], missed=["api.*"]),
+            trapped("two", "survived", missed=["loss.value"]),
+        ]
+    ).splitlines()
+    assert lines[0].split() == ["killed", "2.0", "s", "one", "loss.value", "(not", "by", "api.*)"]
+    assert lines[1].split() == ["survived", "1.0", "s", "two", "bug", "two"]
+
+
+def test_the_score_counts_bugs_and_harmless_rewrites_apart() -> None:
+    found = [
+        trapped("a", "killed", 1.0),
+        trapped("b", "killed", 3.0),
+        trapped("c", "survived", 90.0),
+        trapped("d", "green", 50.0),
+        trapped("e", "red", 70.0),
+    ]
+    assert score(found) == "2 of 3 planted bugs killed, in a median of 3.0 s; 1 of 2 harmless rewrites green"
+    assert score([]) == "0 of 0 planted bugs killed, in a median of 0.0 s; 0 of 0 harmless rewrites green"
