@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from harness.trial import Trial
 
 DESCRIPTION = "failure.json"
+RECORDED = ("check", "route", "backend", "dtype", "status", "reason", "metrics")
 PACKAGES = ("parity-harness", "torch", "transformers", "safetensors", "huggingface_hub", "hypothesis", "mlx", "numpy")
 
 
@@ -63,11 +64,15 @@ def read(path: Path) -> tuple[Port, Case, Mapping[str, Any]]:
     file = path / DESCRIPTION if path.is_dir() else path
     try:
         document = json.loads(file.read_text(encoding="utf-8"))
+        numbers = [document["case"][key] for key in ("rows", "tokens", "seed")]
+        if not all(isinstance(number, int) for number in numbers):
+            raise ValueError("rows, tokens and seed of its case must be whole numbers")
+        recorded = {key: document["result"][key] for key in RECORDED}
         port = {**document["port"], "root": Path(document["port"]["root"])}
-        return Port(**port), case_from_dict(document["case"]), document["result"]
+        return Port(**port), case_from_dict(document["case"]), recorded
     except OSError as error:
         raise DescriptionError(f"{path} is not a bundle: {error.strerror or error}") from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DescriptionError(f"{file} does not describe a failure: {error}") from None
 
 

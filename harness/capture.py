@@ -33,7 +33,7 @@ def capture(
             taken = (pick or {}).get(name, lambda value: value[0] if isinstance(value, tuple) else value)
 
             def keep(_module: Any, _inputs: Any, value: Any, name: str = name, taken: Any = taken) -> None:
-                seen[name] = taken(value)
+                seen[name] = taken(value).clone()  # a later sum in place would change it
 
             try:
                 handle = module.get_submodule(path).register_forward_hook(keep)

@@ -15,6 +15,7 @@ from hypothesis.strategies import SearchStrategy
 
 from harness.cases import Case
 from harness.errors import Mismatch
+from harness.ports import first_line
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -76,7 +77,7 @@ def explore(
         test()
     except FlakyFailure:
         case, error = failures[latest[-1]]
-        flaky = Mismatch(f"the same case failed once and passed once; the failure was: {error}")
+        flaky = Mismatch(f"the same case failed once and passed once; the failure was: {first_line(error)}")
         return Failure(case=case, error=flaky, attempts=len(latest))
     except Exception:
         if not latest:

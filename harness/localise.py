@@ -36,7 +36,7 @@ def first_divergence(trial: Trial, case: Case) -> str | None:
     here = dataclasses.replace(trial, route=main_route(trial.port))  # modules can be watched in this process alone
     try:
         found = compare_taps(here, case, prepare(here, case))
-    except Exception:  # the failure is reported already; where it begins is a courtesy
+    except (Exception, SystemExit):  # the failure is reported already; where it begins is a courtesy
         return None
     for tap, ours, theirs in found:
         if ours.shape != theirs.shape or not relative_error(ours, theirs) <= SEMANTICS_BOUND:

@@ -224,6 +224,8 @@ def _explore(item: Item, options: Options, shared: Session, directory: Path) -> 
             passed.append(_run_check(function, trial(), case))
         except Skip as skip:
             skipped.append(str(skip))
+        except SystemExit as error:
+            raise Mismatch(f"the port ended the process: SystemExit: {error.code}") from error
 
     failure = explore(
         attempt,

@@ -155,7 +155,7 @@ def test_two_checks_draw_different_cases(tmp_path: Path, plain_port: PlainPort) 
         ({"forward": "raise RuntimeError('one\\ntwo')"}, "raised RuntimeError: one ("),
         ({"forward": "return self.forward(input_ids)"}, "raised RecursionError"),
         ({"forward": "return None"}, "without logits"),
-        ({"forward": "raise SystemExit(3)"}, "exit"),
+        ({"forward": "raise SystemExit(3)"}, "SystemExit: 3"),
         (
             {"forward": "raise self.Shy", "more": "class Shy(Exception):\n    def __str__(self): raise self"},
             "raised Shy: Shy (",
@@ -312,21 +312,6 @@ def test_a_session_leaves_nothing_behind_and_an_item_nothing_in_it(
     with pytest.raises(KeyboardInterrupt), session():
         raise KeyboardInterrupt
     assert list(scratch.iterdir()) == []
-
-
-def test_nothing_a_port_prints_reaches_the_terminal(
-    tmp_path: Path, plain_port: PlainPort, capfd: pytest.CaptureFixture[str]
-) -> None:
-    chatter = (
-        "import logging, os, sys, warnings\nprint('chat')\nsys.stderr.write('chat')\nwarnings.warn('chat')\n"
-        "logging.getLogger('port').critical('chat')\nos.system('echo chat')\nos.write(1, b'chat')"
-    )
-    with warnings.catch_warnings(record=True) as warned:
-        warnings.simplefilter("always")
-        (result,) = check_parity(plain_port(tmp_path, forward=chatter), **CAUSAL)
-    assert result.status == "passed"
-    assert warned == []
-    assert capfd.readouterr() == ("", "")
 
 
 def test_after_a_quiet_run_everything_may_speak_again(capfd: pytest.CaptureFixture[str]) -> None:

@@ -39,6 +39,16 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@pytest.fixture(autouse=True)
+def own_registration() -> None:
+    """Other tests import copies of the port, which register themselves in its place."""
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+    AutoConfig.register(NanoGPTConfig.model_type, NanoGPTConfig, exist_ok=True)
+    AutoModel.register(NanoGPTConfig, NanoGPTModel, exist_ok=True)
+    AutoModelForCausalLM.register(NanoGPTConfig, NanoGPTLMHeadModel, exist_ok=True)
+
+
 def original(dtype: torch.dtype = torch.float64, **fields: Any) -> GPT:
     """Return an original in eval mode with weights that show every defect: peaked attention, biases, gains."""
     torch.manual_seed(0)
