@@ -167,6 +167,8 @@ class CheckItem(pytest.Item):
         try:
             require_classes(self.item.port)
         except DescriptionError as error:
+            if hasattr(self.config, "workerinput"):  # a worker that exits takes its message with it
+                raise CheckFailed(f"error: {error}") from None
             pytest.exit(f"parity: {error}", returncode=error.exit_code)
         self.result = run_item(self.item, self.options, session_of(self.config))
         properties = {"check": self.result.check, "reason": self.result.reason}

@@ -8,6 +8,7 @@ import dataclasses
 import fnmatch
 import io
 import logging
+import os
 import sys
 import tempfile
 import time
@@ -224,8 +225,6 @@ def _explore(item: Item, options: Options, shared: Session, directory: Path) -> 
             passed.append(_run_check(function, trial(), case))
         except Skip as skip:
             skipped.append(str(skip))
-        except SystemExit as error:
-            raise Mismatch(f"the port ended the process: SystemExit: {error.code}") from error
 
     failure = explore(
         attempt,
@@ -277,7 +276,10 @@ def _run_check(function: Callable[[Trial, Case], dict[str, float]], trial: Trial
     from harness.backends.pytorch import numeric_settings
 
     with numeric_settings():
-        return function(trial, case)
+        try:
+            return function(trial, case)
+        except SystemExit as error:
+            raise Mismatch(f"the port ended the process: SystemExit: {error.code}") from error
 
 
 def _failed(
@@ -326,13 +328,36 @@ def quiet() -> Iterator[None]:
     hub_bars = _progress_bars()
     logging.disable(logging.CRITICAL)
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(sink), contextlib.redirect_stderr(sink):
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(sink),
+            contextlib.redirect_stderr(sink),
+            _silent_descriptor(1),
+        ):
             warnings.simplefilter("ignore")
             yield
     finally:
         logging.disable(level)
         for restore in hub_bars:
             restore()
+
+
+@contextlib.contextmanager
+def _silent_descriptor(number: int) -> Iterator[None]:
+    # What C code and programs print goes past sys.stdout; standard error stays open for the last words of a crash.
+    if sys.__stdout__ is not None:
+        sys.__stdout__.flush()
+    saved = os.dup(number)
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, number)
+    os.close(null)
+    try:
+        yield
+    finally:
+        if sys.__stdout__ is not None:
+            sys.__stdout__.flush()
+        os.dup2(saved, number)
+        os.close(saved)
 
 
 def _progress_bars() -> list[Callable[[], None]]:
@@ -368,7 +393,8 @@ def run_ports(
     require_backends(options)
     items = plan(ports, options)
     for port in ports:
-        require_classes(port)
+        with quiet():
+            require_classes(port)
     results = []
     with session() as shared:
         for item in items:

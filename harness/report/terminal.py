@@ -49,7 +49,7 @@ def make_console(*, stderr: bool = False) -> Console:
 
     stream = sys.stderr if stderr else sys.stdout
     wide = None if stream.isatty() or os.environ.get("COLUMNS", "").isdigit() else _LOG_WIDTH
-    return Console(stderr=stderr, width=wide, highlight=False, markup=False, emoji=False)
+    return Console(file=stream, width=wide, highlight=False, markup=False, emoji=False)
 
 
 @contextlib.contextmanager

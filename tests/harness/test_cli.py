@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import pty
 import re
 import signal
 import subprocess
@@ -132,6 +133,49 @@ def test_a_port_without_a_description(here: Path, plain_port: PlainPort, capsys:
     assert [(result["port"], result["family"], result["status"]) for result in results] == [
         ("Port", "nanogpt", "passed")
     ]
+
+
+def test_a_port_that_ends_the_process_fails_a_check_and_not_the_run(
+    here: Path, plain_port: PlainPort, describe: Describe, capsys: pytest.CaptureFixture[str]
+) -> None:
+    describe(plain_port(here, "leaving", forward="raise SystemExit(0)"), plain_port(here, "right"))
+    assert main(["check", *CAUSAL, "--json"]) == 1
+    results = {result["port"]: result for result in json.loads(capsys.readouterr().out)["results"]}
+    assert (results["leaving"]["status"], results["right"]["status"]) == ("failed", "passed")
+    assert "exit" in results["leaving"]["reason"].lower()
+
+
+def test_json_is_one_document_whatever_a_port_prints(here: Path, plain_port: PlainPort, describe: Describe) -> None:
+    chatter = (
+        "import os, sys, warnings, logging\nprint('chat')\nsys.stderr.write('chat')\nsys.__stdout__.write('chat')\n"
+        "os.system('echo chat')\nos.write(1, b'chat')\nwarnings.warn('chat')\nlogging.critical('chat')"
+    )
+    describe(plain_port(here, forward=f"{chatter}\n{TANH}", more="print('chat')"))
+    process = start(here, "check", *BLOCKS, "--json")
+    out, err = process.communicate(timeout=120)
+    assert [result["status"] for result in json.loads(out)["results"]] == ["failed"]
+    assert (process.returncode, err) == (1, "")
+
+
+def test_a_terminal_sees_the_bar_move_while_checks_run(here: Path, plain_port: PlainPort, describe: Describe) -> None:
+    describe(plain_port(here, forward="import time; time.sleep(0.03)"))
+    terminal, other = pty.openpty()
+    command = [sys.executable, "-m", "harness.cli", "check", *CAUSAL, "--checks", "forward.[bdl]*"]
+    process = subprocess.Popen(
+        command, cwd=here, stdout=subprocess.DEVNULL, stderr=other, env={**os.environ, "TERM": "xterm"}
+    )
+    os.close(other)
+    seen = b""
+    while True:
+        try:
+            seen += os.read(terminal, 4096)
+        except OSError:  # the last process that had it open has ended
+            break
+    os.close(terminal)
+    process.wait(timeout=60)
+    counts = re.findall(rb"(\d+)/(\d+)", seen)
+    assert any(0 < int(done) < int(total) for done, total in counts)
+    assert b"checks run" not in seen
 
 
 @pytest.mark.parametrize("checks", ["forward.*", "remote_code.*"])
