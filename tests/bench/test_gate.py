@@ -90,7 +90,7 @@ class Account:
 def accounted(item: Item) -> Iterator[Account]:
     """Counts what original and port do: running, and being built, loaded and saved. The rest is the harness."""
     import torch
-    from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
+    from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
 
     from harness.ports import load_object
 
@@ -111,7 +111,7 @@ def accounted(item: Item) -> Iterator[Account]:
             (port, "__init__"),
             (original, "__init__"),
             (config, "__init__"),
-            (PreTrainedConfig, "save_pretrained"),
+            (PretrainedConfig, "save_pretrained"),
             (PreTrainedModel, "save_pretrained"),
             (PreTrainedModel, "from_pretrained"),
             (port, "from_nanogpt_ckpt"),
