@@ -3,13 +3,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import importlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 from hypothesis import HealthCheck, Phase, Verbosity, given, settings
 from hypothesis import seed as with_seed
+from hypothesis.database import ExampleDatabase
 from hypothesis.errors import FlakyFailure
 from hypothesis.strategies import SearchStrategy
 
@@ -33,13 +37,15 @@ def explore(
     *,
     examples: int,
     seed: int | None,
-    database: bool,
+    database: str | None,
     shrink_seconds: float,
 ) -> Failure | None:
     """Calls `attempt` on drawn cases until one raises; then on smaller ones for at most `shrink_seconds`.
 
-    Gives the smallest failing case, or None. With a seed the draws are the same on every run. A case that fails once
-    and passes when it is tried again is a failure of its own: a check of one case must always say the same.
+    Gives the smallest failing case, or None. With a seed the draws are the same on every run; without one they differ,
+    on CI too. database: the name under which failing cases are kept, and tried first the next time; None keeps none.
+    A case that fails once and passes when it is tried again is a failure of its own: a check of one case must always
+    say the same.
     """
     failures: dict[str, tuple[Case, Exception]] = {}
     latest: list[str] = []
@@ -60,21 +66,26 @@ def explore(
             latest.append(key)
             raise
 
+    if database is not None:
+        run._hypothesis_internal_add_digest = database.encode()  # type: ignore[attr-defined]
     test = given(strategy)(run)
     if seed is not None:
         test = with_seed(seed)(test)
     test = settings(
         max_examples=examples,
-        database=settings.default.database if database and settings.default else None,
+        # Named one by one: Hypothesis's own profile for CI derandomises and has no database.
+        derandomize=False,
+        database=_example_database() if database is not None else None,
         deadline=None,
-        phases=[Phase.reuse, Phase.generate, Phase.shrink] if database else [Phase.generate, Phase.shrink],
+        phases=[*([Phase.reuse] if database is not None else []), Phase.generate, Phase.shrink],
         suppress_health_check=list(HealthCheck),
         report_multiple_bugs=False,
         print_blob=False,
         verbosity=Verbosity.quiet,
     )(test)
     try:
-        test()
+        with _no_constants_of_the_project():
+            test()
     except FlakyFailure:
         case, error = failures[latest[-1]]
         flaky = Mismatch(f"the same case failed once and passed once; the failure was: {first_line(error)}")
@@ -85,3 +96,30 @@ def explore(
         case, error = failures[latest[-1]]
         return Failure(case=case, error=error, attempts=len(latest))
     return None
+
+
+def _example_database() -> ExampleDatabase | None:
+    """The database of the Hypothesis profile in force; on CI that has none, and the default profile's is used."""
+    profiles = [settings.default, settings.get_profile("default")]
+    return next((profile.database for profile in profiles if profile and profile.database is not None), None)
+
+
+@contextlib.contextmanager
+def _no_constants_of_the_project() -> Iterator[None]:
+    """Keeps numbers that Hypothesis finds in imported modules out of its draws.
+
+    They would make the cases of a seed depend on which modules an earlier check, a door or a project happens to import.
+    """
+    providers: Any = importlib.import_module("hypothesis.internal.conjecture.providers")
+    provider = providers.HypothesisProvider
+    own = vars(provider).get("_local_constants")
+    if own is None:
+        yield  # a release that does not do this, or does it elsewhere
+        return
+    provider._local_constants = property(lambda self: providers.Constants())
+    providers.CONSTANTS_CACHE.cache.clear()
+    try:
+        yield
+    finally:
+        provider._local_constants = own
+        providers.CONSTANTS_CACHE.cache.clear()

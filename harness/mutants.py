@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import importlib
 import json
 import multiprocessing
 import os
@@ -173,13 +174,14 @@ def _next(done: Any, workers: Sequence[Any]) -> Trapped:
 
 def _work(port: Port, todo: Any, done: Any, everything: bool) -> None:
     import torch
-    import transformers  # imported before forking, so that no mutant pays for it
 
     from harness.checks import CATALOGUE, function_of
     from harness.runner import session
+    from harness.sandbox.server import PRELOAD
 
     torch.set_num_threads(1)
-    del transformers
+    for name in PRELOAD:
+        importlib.import_module(name)  # before forking, so that no mutant pays for it
     for check in CATALOGUE:
         function_of(check)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
@@ -201,6 +203,8 @@ def _verdict(mutant: Mutant, port: Port, shared: Any, everything: bool) -> Trapp
         if child == 0:
             _judge_in_child(mutant, port, shared, everything, Path(directory), answer)
         ended = _wait(child, VERDICT_SECONDS)
+        if not ended:
+            shared.sandbox.restart()  # an answer to the child may still be on its way to this process
         verdicts = json.loads(answer.read_text()) if answer.exists() else []
     killers = [entry["check"] for entry in verdicts if entry["status"] in BAD]
     reason = next((entry["reason"] for entry in verdicts if entry["status"] in BAD), "")

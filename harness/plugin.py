@@ -170,7 +170,7 @@ class CheckItem(pytest.Item):
             if hasattr(self.config, "workerinput"):  # a worker that exits takes its message with it
                 raise CheckFailed(f"error: {error}") from None
             pytest.exit(f"parity: {error}", returncode=error.exit_code)
-        self.result = run_item(self.item, self.options, session_of(self.config))
+        self.result = run_item(self.item, self.options, session_of(self.session))
         properties = {"check": self.result.check, "reason": self.result.reason}
         if self.result.config is not None:
             properties["config"] = json.dumps(self.result.config)
@@ -219,13 +219,15 @@ def failure_text(result: Result) -> str:
     return "\n".join(lines)
 
 
-def session_of(config: pytest.Config) -> Session:
+def session_of(run: pytest.Session) -> Session:
     """What the run's checks share, made when the first one runs."""
     from harness.runner import session
 
-    if _session not in config.stash:
-        config.stash[_session] = config.stash[_exit_stack].enter_context(session())
-    return config.stash[_session]
+    stash = run.config.stash
+    if _session not in stash:
+        checks = [item.item for item in run.items if isinstance(item, CheckItem)]
+        stash[_session] = stash[_exit_stack].enter_context(session(checks))
+    return stash[_session]
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -239,7 +241,7 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> None:
 
             def check(_port: Any = None, *, bound: BoundCheck = value) -> Result:
                 __tracebackhide__ = True
-                result = run_item(bound.item, bound.options, session_of(pyfuncitem.config))
+                result = run_item(bound.item, bound.options, session_of(pyfuncitem.session))
                 settle(result)
                 return result
 

@@ -15,7 +15,7 @@ import time
 import traceback
 import warnings
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -90,6 +90,11 @@ class Item:
         """Route, backend and dtype as they stand in an item's id."""
         return f"{self.route}-{self.backend}-{self.dtype}"
 
+    @property
+    def in_fresh_process(self) -> bool:
+        """Whether the model under test runs in another process."""
+        return "remote_code" in (self.route, self.check.id.partition(".")[0])
+
 
 def plan(ports: Sequence[Port], options: Options) -> list[Item]:
     """Every item of the ports, in the catalogue's order; imports families, but no framework.
@@ -132,13 +137,18 @@ def require_backends(options: Options) -> None:
 
 
 @contextlib.contextmanager
-def session() -> Iterator[Session]:
-    """What the items of one run share: a temporary directory and a server of fresh processes; both end with it."""
+def session(items: Iterable[Item] = ()) -> Iterator[Session]:
+    """What the items of one run share: a temporary directory and a server of fresh processes; both end with it.
+
+    The server gets ready in the background where one of the items is known to need it.
+    """
     from harness.sandbox import Sandbox
 
     with tempfile.TemporaryDirectory(prefix="parity-") as directory:
         root = Path(directory).resolve()
         with Sandbox(root) as sandbox:
+            if any(item.in_fresh_process for item in items):
+                sandbox.begin_warm_up()
             yield Session(root=root, sandbox=sandbox)
 
 
@@ -231,7 +241,7 @@ def _explore(item: Item, options: Options, shared: Session, directory: Path) -> 
         cases(item.family),
         examples=item.check.examples * PROFILES[options.profile],
         seed=seed_of(item, options),
-        database=options.profile == "nightly",
+        database=f"{item.port.name}::{item.check.id}[{item.variant}]" if options.profile == "nightly" else None,
         shrink_seconds=options.shrink_seconds,
     )
     examples = len(passed) + (failure.attempts if failure else 0)
@@ -396,7 +406,7 @@ def run_ports(
         with quiet():
             require_classes(port)
     results = []
-    with session() as shared:
+    with session(items) as shared:
         for item in items:
             results.append(run_item(item, options, shared))
             if on_result is not None:
@@ -406,11 +416,12 @@ def run_ports(
 
 def header_of(options: Options) -> Header:
     """What a report says above its results."""
+    from harness.backends.names import TORCH_SETTINGS
     from harness.bundles import versions
     from harness.report import Header
 
     seed = options.seed if options.seed is not None or options.profile == "nightly" else 0
-    return Header(profile=options.profile, seed=seed, versions=versions())
+    return Header(profile=options.profile, seed=seed, versions=versions(), settings=TORCH_SETTINGS)
 
 
 def check_parity(port: Port, **options: Any) -> list[Result]:

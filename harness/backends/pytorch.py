@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from harness.backends.names import TORCH_SETTINGS
 
 DTYPES = {
     "float64": torch.float64,
@@ -33,43 +35,37 @@ def device_of(backend: str) -> torch.device:
     return torch.device(backend.partition("-")[2])
 
 
+def settings() -> dict[str, Any]:
+    """The settings that change numbers, as they are now; names as in `TORCH_SETTINGS`."""
+    matmul = torch.backends.cuda.matmul
+    return {
+        "float32_matmul_precision": torch.get_float32_matmul_precision(),
+        "cudnn_allow_tf32": torch.backends.cudnn.allow_tf32,
+        "allow_bf16_reduced_precision_reduction": matmul.allow_bf16_reduced_precision_reduction,
+        "allow_fp16_reduced_precision_reduction": matmul.allow_fp16_reduced_precision_reduction,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def set_settings(values: Mapping[str, Any]) -> None:
+    """Sets what `settings` gives."""
+    matmul = torch.backends.cuda.matmul
+    torch.set_float32_matmul_precision(values["float32_matmul_precision"])
+    torch.backends.cudnn.allow_tf32 = values["cudnn_allow_tf32"]
+    matmul.allow_bf16_reduced_precision_reduction = values["allow_bf16_reduced_precision_reduction"]
+    matmul.allow_fp16_reduced_precision_reduction = values["allow_fp16_reduced_precision_reduction"]
+    torch.set_num_threads(values["threads"])
+
+
 @contextlib.contextmanager
 def numeric_settings() -> Iterator[None]:
-    """Full-precision matrix products and one thread inside; what was set before afterwards.
-
-    TF32 and reduced-precision accumulation change results, and tiny models only lose time to a second thread.
-    """
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = (
-        torch.get_float32_matmul_precision(),
-        cudnn.allow_tf32,
-        matmul.allow_bf16_reduced_precision_reduction,
-        matmul.allow_fp16_reduced_precision_reduction,
-        torch.get_num_threads(),
-    )
-    torch.set_float32_matmul_precision("highest")
-    cudnn.allow_tf32 = False
-    matmul.allow_bf16_reduced_precision_reduction = False
-    matmul.allow_fp16_reduced_precision_reduction = False
-    torch.set_num_threads(1)
+    """`TORCH_SETTINGS` inside; what was set before afterwards."""
+    before = settings()
+    set_settings(TORCH_SETTINGS)
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(before[0])
-        cudnn.allow_tf32 = before[1]
-        matmul.allow_bf16_reduced_precision_reduction = before[2]
-        matmul.allow_fp16_reduced_precision_reduction = before[3]
-        torch.set_num_threads(before[4])
-
-
-def settings() -> dict[str, str]:
-    """The settings that change numbers, for a report's header."""
-    return {
-        "float32 matmul precision": torch.get_float32_matmul_precision(),
-        "cudnn TF32": str(torch.backends.cudnn.allow_tf32),
-        "deterministic algorithms": str(torch.are_deterministic_algorithms_enabled()),
-        "threads": str(torch.get_num_threads()),
-    }
+        set_settings(before)
 
 
 @contextlib.contextmanager
@@ -108,8 +104,3 @@ def float32_inside(run: Callable[[], Any]) -> str | None:
     with _NarrowOperations() as operations:
         run()
     return operations.seen[0] if operations.seen else None
-
-
-def parameters_are_finite(module: torch.nn.Module) -> bool:
-    """Whether every floating parameter and buffer holds only finite numbers."""
-    return all(bool(t.isfinite().all()) for t in module.state_dict().values() if t.is_floating_point())

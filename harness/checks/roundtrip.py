@@ -143,7 +143,7 @@ def cast(trial: Trial, case: Case) -> dict[str, float]:
     after_forward = load(trial, directory)
     port_logits(single, place(single, after_forward), batch.tokens)
     results = {
-        "loaded in that dtype": port_logits(trial, load(trial, directory, **_dtype_option(dtype)).eval(), batch.tokens),
+        "loaded in that dtype": port_logits(trial, load(trial, directory, dtype=dtype).eval(), batch.tokens),
         "cast after a forward pass": port_logits(trial, place(trial, after_forward), batch.tokens),
     }
     expected = port_logits(trial, place(trial, load(trial, directory)), batch.tokens)
@@ -166,10 +166,6 @@ def poison() -> Iterator[None]:
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
         deterministic.fill_uninitialized_memory = fill
-
-
-def _dtype_option(dtype: torch.dtype) -> dict[str, torch.dtype]:
-    return {"dtype": dtype}
 
 
 def _same_state(actual: torch.nn.Module, expected: torch.nn.Module, when: str) -> dict[str, float]:

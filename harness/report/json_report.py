@@ -17,10 +17,11 @@ from harness.results import Result, as_json, checks_run
 
 
 def document(results: Iterable[Result], *, header: Header) -> dict[str, Any]:
-    """The report as JSON values: versions, profile, seed, checks_run, results."""
+    """The report as JSON values: versions, settings, profile, seed, checks_run, results."""
     kept = list(results)
     return {
         "versions": plain(header.versions),
+        "settings": plain(header.settings),
         "profile": header.profile,
         "seed": header.seed,
         "checks_run": checks_run(kept),

@@ -24,11 +24,15 @@ _PLAIN_WORD = re.compile(r"[\w.+-]+")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Header:
-    """What a run was: `versions` by package name, `seed` None where cases were drawn at random."""
+    """What a run was: `versions` by package name, `seed` None where cases were drawn at random.
+
+    settings: what changes numbers besides versions, by name, as it was while checks ran.
+    """
 
     profile: str
     seed: int | None = None
     versions: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -98,7 +98,7 @@ class Sandbox:
         self._base: Path | None = None
         self._server: subprocess.Popen[bytes] | None = None
         self._channel: socket.socket | None = None
-        self._preloaded = False
+        self._preload: Literal["none", "asked", "done"] = "none"
         self._count = 0
 
     def __enter__(self) -> Self:
@@ -219,20 +219,36 @@ class Sandbox:
             )
         self._channel = ours
 
-    def warm_up(self) -> None:
-        """Starts the server and has it import what every job needs; otherwise the first job waits for that."""
+    def begin_warm_up(self) -> None:
+        """Starts the server and has it import what every job needs, without waiting for it."""
         self._start()
-        if not self._preloaded:
-            self._ask({"do": "preload", "modules": self.preload}, timeout=START_SECONDS)
-            self._preloaded = True
+        if self._preload == "none":
+            self._converse({"do": "preload", "modules": self.preload}, timeout=None)
+            self._preload = "asked"
+
+    def warm_up(self) -> None:
+        """As `begin_warm_up`, and waits; otherwise the first job waits for that."""
+        self.begin_warm_up()
+        if self._preload == "asked":
+            self._converse(None, timeout=START_SECONDS)
+            self._preload = "done"
 
     def _ask(self, message: Mapping[str, Any], *, timeout: float) -> dict[str, Any]:
-        """Sends one message and returns the last line of the answer; whatever goes wrong ends the server."""
+        """Sends one message and returns the last line of the answer."""
+        if self._preload == "asked":
+            self.warm_up()  # answers come in the order of the questions
+        return self._converse(message, timeout=timeout)
+
+    def _converse(self, message: Mapping[str, Any] | None, *, timeout: float | None) -> dict[str, Any]:
+        """Sends a message if there is one, reads an answer if there is time for it; a failure ends the server."""
         assert self._channel is not None
         child: int | None = None
         try:
-            self._channel.settimeout(timeout)
-            self._channel.sendall(json.dumps(message).encode() + b"\n")
+            self._channel.settimeout(timeout or START_SECONDS)
+            if message is not None:
+                self._channel.sendall(json.dumps(message).encode() + b"\n")
+            if timeout is None:
+                return {}
             pending = b""
             while True:
                 received = self._channel.recv(65536)
@@ -267,6 +283,10 @@ class Sandbox:
             log.seek(-min(jobs.KEPT_OUTPUT, log.seek(0, os.SEEK_END)), os.SEEK_END)
             return log.read().decode(errors="replace")
 
+    def restart(self) -> None:
+        """Ends the server, whatever it is doing; the next job gets a new one."""
+        self._stop()
+
     def _stop(self, child: int | None = None) -> None:
         """Closes the socket, on which the server ends with its child, and kills them if they do not."""
         if self._channel is not None:
@@ -279,7 +299,7 @@ class Sandbox:
                 self._server.wait()
                 if child is not None:
                     kill_group(child)
-        self._server, self._channel, self._preloaded = None, None, False
+        self._server, self._channel, self._preload = None, None, "none"
 
 
 def fresh_directories(base: Path) -> list[str]:

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from harness import check_parity
 from harness.backends import BACKENDS, NO_FLOAT64, mark_of, pytorch, unavailable
-from harness.backends.names import DTYPES
+from harness.backends.names import DTYPES, TORCH_SETTINGS
 from harness.errors import Mismatch
 from harness.families import find_family
 from harness.numerics import SEMANTICS_BOUND
@@ -101,57 +101,33 @@ def test_narrowing_excuses_no_more_than_float32_explains() -> None:
 # Settings
 
 
-@contextlib.contextmanager
-def restored() -> Iterator[None]:
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = settings()
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before[0])
-        cudnn.allow_tf32, matmul.allow_bf16_reduced_precision_reduction = before[1], before[2]
-        matmul.allow_fp16_reduced_precision_reduction = before[3]
-        torch.set_num_threads(before[4])
-
-
-def settings() -> tuple[Any, ...]:
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    return (
-        torch.get_float32_matmul_precision(),
-        cudnn.allow_tf32,
-        matmul.allow_bf16_reduced_precision_reduction,
-        matmul.allow_fp16_reduced_precision_reduction,
-        torch.get_num_threads(),
-    )
+@pytest.fixture
+def other_settings() -> Iterator[dict[str, Any]]:
+    """None of the settings is what checks run under; as they were before, afterwards."""
+    before = pytorch.settings()
+    other = {name: not value if isinstance(value, bool) else value for name, value in TORCH_SETTINGS.items()}
+    other |= {"float32_matmul_precision": "medium", "threads": 2}
+    pytorch.set_settings(other)
+    yield other
+    pytorch.set_settings(before)
 
 
 @pytest.mark.parametrize("raises", [False, True])
-def test_numeric_settings_are_full_precision_inside_and_as_before_afterwards(raises: bool) -> None:
-    with restored():
-        torch.set_float32_matmul_precision("medium")
-        torch.backends.cudnn.allow_tf32 = True
-        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = True
-        torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = True
-        torch.set_num_threads(2)
-        before = settings()
-
-        with contextlib.suppress(KeyError), pytorch.numeric_settings():
-            assert settings() == ("highest", False, False, False, 1)
-            torch.set_float32_matmul_precision("high")  # a port that changes them changes them for itself alone
-            if raises:
-                raise KeyError("in a check")
-
-        assert settings() == before
-
-
-def test_the_report_names_the_settings_in_force() -> None:
-    with restored(), pytorch.numeric_settings():
-        assert pytorch.settings() == {
-            "float32 matmul precision": "highest",
-            "cudnn TF32": "False",
-            "deterministic algorithms": str(torch.are_deterministic_algorithms_enabled()),
-            "threads": "1",
-        }
+def test_numeric_settings_are_full_precision_inside_and_as_before_afterwards(
+    raises: bool, other_settings: dict[str, Any]
+) -> None:
+    matmul = torch.backends.cuda.matmul
+    with contextlib.suppress(KeyError), pytorch.numeric_settings():
+        assert torch.get_float32_matmul_precision() == "highest"
+        assert not torch.backends.cudnn.allow_tf32
+        assert not matmul.allow_bf16_reduced_precision_reduction
+        assert not matmul.allow_fp16_reduced_precision_reduction
+        assert torch.get_num_threads() == 1
+        assert pytorch.settings() == TORCH_SETTINGS
+        torch.set_float32_matmul_precision("high")  # a port that changes them changes them for itself alone
+        if raises:
+            raise KeyError("in a check")
+    assert pytorch.settings() == other_settings
 
 
 def test_autocast_is_bfloat16_and_only_where_it_is_asked_for() -> None:
@@ -168,13 +144,6 @@ def test_epsilon_is_the_distance_from_one_to_the_next_number() -> None:
         computed = torch.bfloat16 if name == "autocast" else pytorch.DTYPES[name]
         one = torch.ones((), dtype=computed)
         assert pytorch.epsilon(name) == float(one.nextafter(2 * one) - one), name
-
-
-def test_a_value_that_is_not_finite_anywhere_is_seen() -> None:
-    module = torch.nn.BatchNorm1d(3)
-    assert pytorch.parameters_are_finite(module)
-    module.get_buffer("running_mean")[1] = float("nan")
-    assert not pytorch.parameters_are_finite(module)
 
 
 # What is here

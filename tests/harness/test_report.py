@@ -38,7 +38,9 @@ from harness.report.summary import compact_config, number, rows, scientific, tel
 from harness.results import Result, as_json
 
 ROOT = Path(__file__).parents[2]
-HEADER = Header(profile="gate", seed=7, versions={"torch": "2.9", "transformers": "5.1"})
+HEADER = Header(
+    profile="gate", seed=7, versions={"torch": "2.9", "transformers": "5.1"}, settings={"tf32": False, "threads": 1}
+)
 CONFIG = {"n_layer": 1, "n_head": 1, "bias": False, "eps": 1e-5, "act": "gelu"}
 HOSTILE = "a < b & c ]]> \x00 \x1b[31m | `tick` *bold* [red] \U0001f600 \ud800 \u202e\r\nsecond line"
 BUNDLE = "reports/my bundle/nanogpt-forward.logits-direct-torch-cpu-float64"
@@ -148,8 +150,8 @@ def test_json_parses_back_to_the_same_results(tmp_path: Path) -> None:
     results = [*mixed(), made("a.b", "failed", reason=HOSTILE, config={"a": [1, 2], "b": {"c": None}})]
     write_reports(tmp_path, results, header=HEADER)
     report = json.loads((tmp_path / "report.json").read_text())
-    assert list(report) == ["versions", "profile", "seed", "checks_run", "results"]
-    assert report["versions"] == HEADER.versions
+    assert list(report) == ["versions", "settings", "profile", "seed", "checks_run", "results"]
+    assert (report["versions"], report["settings"]) == (HEADER.versions, HEADER.settings)
     assert (report["profile"], report["seed"], report["checks_run"]) == ("gate", 7, 9)
     assert [Result(**fields) for fields in report["results"]] == results
 

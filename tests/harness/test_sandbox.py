@@ -284,6 +284,27 @@ def test_a_module_that_cannot_be_preloaded_is_named(tmp_path: Path) -> None:
         opened.run("load_and_run", {"directory": "anywhere"})
 
 
+@pytest.mark.parametrize("cold", [False, True])
+def test_a_server_may_get_ready_in_the_background(tmp_path: Path, variant: Variant, cold: bool) -> None:
+    directory = variant()
+    with Sandbox(tmp_path) as opened:
+        opened.begin_warm_up()
+        opened.begin_warm_up()
+        run = opened.run_cold if cold else opened.run
+        for _ in range(2):
+            answer = run("load_and_run", {"directory": directory}, tensors=INPUTS)
+            assert "output.logits" in answer.tensors
+        opened.restart()
+        opened.begin_warm_up()  # and nobody waits for it
+
+
+def test_a_module_that_cannot_be_preloaded_in_the_background_is_named_by_the_first_job(tmp_path: Path) -> None:
+    with Sandbox(tmp_path, preload=["no_such_module"]) as opened:
+        opened.begin_warm_up()
+        with pytest.raises(harness.errors.ParityError, match="cannot preload module 'no_such_module'"):
+            opened.run("load_and_run", {"directory": "anywhere"})
+
+
 # Fresh
 
 
