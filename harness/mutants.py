@@ -174,6 +174,7 @@ def _next(done: Any, workers: Sequence[Any]) -> Trapped:
 
 def _work(port: Port, todo: Any, done: Any, everything: bool) -> None:
     import torch
+    from tqdm import tqdm
 
     from harness.checks import CATALOGUE, function_of
     from harness.runner import session
@@ -182,6 +183,7 @@ def _work(port: Port, todo: Any, done: Any, everything: bool) -> None:
     torch.set_num_threads(1)
     for name in PRELOAD:
         importlib.import_module(name)  # before forking, so that no mutant pays for it
+    tqdm.get_lock()  # made by a child, which ends without tidying up, it would be left behind
     for check in CATALOGUE:
         function_of(check)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
