@@ -25,15 +25,20 @@ def capture(
     """Runs `call` once: what it returns, and by name what the submodules at `places` (name -> path) returned.
 
     A submodule that returns a tuple gives its first element, unless `pick[name]` takes another.
-    Raises Mismatch when a submodule does not exist or did not run.
+    Raises Mismatch when a submodule does not exist, did not run, or returned no tensor.
     """
     seen: dict[str, torch.Tensor] = {}
     with contextlib.ExitStack() as hooks:
         for name, path in places.items():
             taken = (pick or {}).get(name, lambda value: value[0] if isinstance(value, tuple) else value)
 
-            def keep(_module: Any, _inputs: Any, value: Any, name: str = name, taken: Any = taken) -> None:
-                seen[name] = taken(value).clone()  # a later sum in place would change it
+            def keep(
+                _module: Any, _inputs: Any, value: Any, name: str = name, path: str = path, taken: Any = taken
+            ) -> None:
+                output = taken(value)
+                if not hasattr(output, "clone"):
+                    raise Mismatch(f"submodule '{path}' returns {type(output).__name__}, expected a tensor first")
+                seen[name] = output.clone()  # a later sum in place would change it
 
             try:
                 handle = module.get_submodule(path).register_forward_hook(keep)

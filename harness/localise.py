@@ -13,29 +13,35 @@ from harness.numerics import SEMANTICS_BOUND, relative_error
 from harness.routes import main_route
 from harness.trial import Pair, Trial, port_logits, prepare, run_original
 
+Compared = list[tuple[str, torch.Tensor, torch.Tensor]]
 
-def compare_taps(trial: Trial, case: Case, pair: Pair) -> list[tuple[str, torch.Tensor, torch.Tensor]]:
+
+def compare_taps(trial: Trial, case: Case, pair: Pair) -> Compared:
     """(tap, port's output, original's output) at every tap both models have, in the order data passes them."""
-    if trial.family.taps is None:
-        return []
-    taps = trial.family.taps(case.fields)
+    return _run_both(trial, case, pair)[:-1]
+
+
+def _run_both(trial: Trial, case: Case, pair: Pair) -> Compared:
+    """What `compare_taps` gives, and the logits after it."""
+    taps = trial.family.taps(case.fields) if trial.family.taps is not None else []
     names = {name for name, _ in pair.port.named_modules()}
     present = [tap for tap in taps if tap.port in names]
     tokens, targets = pair.batch.tokens, pair.batch.targets
     places = {tap.name: tap.original for tap in present}
-    _, theirs = capture(pair.original, places, lambda: run_original(trial, pair.original, tokens, targets))
+    expected, theirs = capture(pair.original, places, lambda: run_original(trial, pair.original, tokens, targets))
     places = {tap.name: tap.port for tap in present}
-    _, ours = capture(pair.port, places, lambda: port_logits(trial, pair.port, tokens))
-    return [(tap.name, ours[tap.name].cpu(), theirs[tap.name].cpu()) for tap in present]
+    logits, ours = capture(pair.port, places, lambda: port_logits(trial, pair.port, tokens))
+    pairs = [(tap.name, ours[tap.name].cpu(), theirs[tap.name].cpu()) for tap in present]
+    return [*pairs, ("logits", logits.cpu(), expected["logits"].cpu())]
 
 
 def first_divergence(trial: Trial, case: Case) -> str | None:
-    """The first tap whose output differs, for the case without padding; None when all agree or it cannot be told."""
+    """The first tap whose output differs, else `logits`, without padding; None when all agree or it cannot be told."""
     if trial.dtype != "float64":
         return None  # rounding differs everywhere; only in float64 does a difference have a first place
     here = dataclasses.replace(trial, route=main_route(trial.port))  # modules can be watched in this process alone
     try:
-        found = compare_taps(here, case, prepare(here, case))
+        found = _run_both(here, case, prepare(here, case))
     except (Exception, SystemExit):  # the failure is reported already; where it begins is a courtesy
         return None
     for tap, ours, theirs in found:

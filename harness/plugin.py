@@ -7,6 +7,7 @@ Imports neither torch nor transformers nor mlx until an item runs.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import re
 from collections.abc import Generator, Iterator
@@ -32,6 +33,7 @@ MARKERS = {
 }
 
 _results = pytest.StashKey[list[Result]]()
+_item_results = pytest.StashKey[list[Result]]()
 _exit_stack = pytest.StashKey[contextlib.ExitStack]()
 _session = pytest.StashKey["Session"]()
 _selected = pytest.StashKey[list[str]]()
@@ -155,7 +157,6 @@ class CheckItem(pytest.Item):
         from harness.backends import mark_of
 
         self.item, self.options = item, options
-        self.result: Result | None = None
         for mark in filter(None, ("parity", mark_of(item.backend), "hub" if item.route == "hub" else None)):
             self.add_marker(mark)
 
@@ -170,12 +171,7 @@ class CheckItem(pytest.Item):
             if hasattr(self.config, "workerinput"):  # a worker that exits takes its message with it
                 raise CheckFailed(f"error: {error}") from None
             pytest.exit(f"parity: {error}", returncode=error.exit_code)
-        self.result = run_item(self.item, self.options, session_of(self.session))
-        properties = {"check": self.result.check, "reason": self.result.reason}
-        if self.result.config is not None:
-            properties["config"] = json.dumps(self.result.config)
-        self.user_properties.extend((name, value) for name, value in properties.items() if value)
-        settle(self.result)
+        settle(note(self, run_item(self.item, self.options, session_of(self.session))))
 
     def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException], style: Any = None) -> Any:
         """What the result says; a traceback only for what is no result."""
@@ -190,6 +186,16 @@ class CheckItem(pytest.Item):
 
 class CheckFailed(Exception):
     """A result that makes a test fail."""
+
+
+def note(item: pytest.Item, result: Result) -> Result:
+    """Keeps the result of a running test for the reports: pytest's own and ours."""
+    item.stash.setdefault(_item_results, []).append(result)
+    properties = {"check": result.check, "reason": result.reason}
+    if result.config is not None:
+        properties["config"] = json.dumps(result.config)
+    item.user_properties.extend((name, value) for name, value in properties.items() if value)
+    return result
 
 
 def settle(result: Result) -> None:
@@ -241,8 +247,10 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> None:
 
             def check(_port: Any = None, *, bound: BoundCheck = value) -> Result:
                 __tracebackhide__ = True
-                result = run_item(bound.item, bound.options, session_of(pyfuncitem.session))
-                settle(result)
+                report = bound.options.report or options_of(pyfuncitem.config).report
+                options = dataclasses.replace(bound.options, report=report)
+                result = run_item(bound.item, options, session_of(pyfuncitem.session))
+                settle(note(pyfuncitem, result))
                 return result
 
             pyfuncitem.funcargs[name] = check
@@ -250,10 +258,10 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Generator[None, Any, Any]:
-    """Puts the result on the report, which travels from a worker process to the one that reports."""
+    """Puts the results on the report, which travels from a worker process to the one that reports."""
     report = yield
-    if isinstance(item, CheckItem) and item.result is not None and call.when == "call":
-        report.parity_result = as_json(item.result)
+    if call.when == "call":
+        report.parity_results = [as_json(result) for result in item.stash.get(_item_results, [])]
     return report
 
 
@@ -264,10 +272,8 @@ class ResultCollector:
         self.results = config.stash[_results]
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """Notes the result of a check's report."""
-        values = getattr(report, "parity_result", None)
-        if values is not None:
-            self.results.append(Result(**values))
+        """Notes the results of a test's report."""
+        self.results.extend(Result(**values) for values in getattr(report, "parity_results", []))
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -283,19 +289,17 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """Writes the reports, and fails a run in which fewer checks ran than were asked for."""
     config = session.config
-    if hasattr(config, "workerinput") or not wants_parity(config) or config.getoption("collectonly"):
-        return
-    results = config.stash[_results]
-    if not results:
+    if hasattr(config, "workerinput") or config.getoption("collectonly") or not config.stash[_results]:
         return
     from harness.report import write_reports
     from harness.runner import header_of, too_few
 
-    options = options_of(config)
+    options, results = options_of(config), config.stash[_results]
     filtered = bool(
         config.stash[_selected] or config.getoption("keyword") or config.getoption("markexpr") not in ("", "parity")
     )
-    config.stash[_complaints] = too_few(ports_of(config), results, options, filtered=filtered)
+    described = ports_of(config) if wants_parity(config) else []
+    config.stash[_complaints] = too_few(described, results, options, filtered=filtered)
     if config.stash[_complaints] and session.exitstatus == pytest.ExitCode.OK:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
     if options.report is not None:

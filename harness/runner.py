@@ -204,7 +204,7 @@ def _with_expectation(item: Item, result: Result) -> Result:
                 return dataclasses.replace(result, status="xfailed", reason=f"expected: {reason} ({result.reason})")
             if result.status == "passed":
                 return dataclasses.replace(
-                    result, status="xpassed", reason=f"passes, but was expected to fail: {reason}"
+                    result, status="xpassed", reason=f"holds, so remove its xfail entry, which says: {reason}"
                 )
     return result
 

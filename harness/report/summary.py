@@ -148,11 +148,7 @@ def distinct_checks(group: Iterable[Result]) -> list[str]:
 
 def reason(result: Result) -> str:
     """Why a result is what it is, harmless to print; newlines stay."""
-    why = clean(result.reason).strip()
-    if result.status == "xpassed":
-        known = f" ({why})" if why else ""
-        return f"expected to fail{known}, but it holds: remove its xfail entry"
-    return why
+    return clean(result.reason).strip()
 
 
 def facts(result: Result) -> list[tuple[str, str]]:

@@ -204,7 +204,7 @@ def test_an_interrupted_run_ends_with_one_line_and_leaves_nothing(
     deadline = time.monotonic() + 60
     while process.poll() is None and time.monotonic() < deadline:
         children = psutil.Process(process.pid).children(recursive=True)
-        if (tmp_path / "started").exists() or children:
+        if (tmp_path / "started").exists() or len(children) > 1:  # the server of fresh processes, and a job of its
             break
         time.sleep(0.05)
     assert list(scratch.glob("parity-*"))

@@ -73,14 +73,14 @@ def trial_of(
         ("gelu-tanh", "block.0.mlp"),
         ("scale-missing", "block.0.attn"),
         ("not-causal", "block.0.attn"),
-        ("last-norm-missing", None),  # it runs, and its output is dropped behind its tap
+        ("last-norm-missing", "logits"),  # it runs, and its output is dropped behind its tap
         ("epsilon-of-last-norm", "final_norm"),
         ("position-from-one", "embedding"),
         ("embedding-scaled", "embedding"),
         ("attention-residual-dropped", "block.0.ln_2"),
         ("mlp-residual-dropped", "block.0"),
         ("converter-repeats-a-layer", "block.1.ln_1"),
-        ("logits-scaled", None),
+        ("logits-scaled", "logits"),
     ],
 )
 def test_a_planted_bug_is_found_where_it_is(mutant: str, tap: str | None, shared: Session, tmp_path: Path) -> None:
@@ -143,6 +143,8 @@ def test_taps_that_a_port_has_not_are_left_out(shared: Session, tmp_path: Path) 
     untapped = dataclasses.replace(trial, family=dataclasses.replace(FAMILY, taps=None))
     assert compare_taps(untapped, CASE, prepare(untapped, CASE)) == []
     assert first_divergence(untapped, CASE) is None
+    planted = plant(MUTANTS["gelu-tanh"], PORT, tmp_path / "port")
+    assert first_divergence(dataclasses.replace(untapped, port=planted), CASE) == "logits"
 
 
 class Twofold(torch.nn.Module):
@@ -168,6 +170,12 @@ def test_a_module_that_is_not_there_or_does_not_run_is_named() -> None:
     with pytest.raises(Mismatch, match="Sequential did not run the submodules of second"):
         capture(model, {"first": "0", "second": "1"}, lambda: model[0](torch.zeros(2)))
     assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_a_module_that_returns_no_tensor_is_named() -> None:
+    model = torch.nn.Sequential(torch.nn.Identity())
+    with pytest.raises(Mismatch, match="submodule '0' returns NoneType, expected a tensor first"):
+        capture(model, {"first": "0"}, lambda: model(None))
 
 
 def test_a_sum_in_place_is_no_divergence(shared: Session, tmp_path: Path) -> None:

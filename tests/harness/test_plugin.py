@@ -313,6 +313,27 @@ def test_with_port(port, check):
     assert "def settle" not in done.stdout.str()
 
 
+def test_the_results_of_a_test_file_reach_the_reports(door: pytest.Pytester) -> None:
+    door.makepyfile(
+        DOOR
+        + """
+@parametrize_with_checks([described("wrong")], checks=["forward.blocks", "masks.additive"], backends=["torch-cpu"])
+def test_wrong(check):
+    check()
+"""
+    )
+    done = door.runpytest_subprocess("--parity-report", "reports", "--junit-xml", "own.xml", "-n", "1")
+    assert done.parseoutcomes() == {"failed": 1, "skipped": 1}
+    report = json.loads((door.path / "reports/report.json").read_text())
+    assert [(r["check"], r["status"]) for r in report["results"]] == [
+        ("forward.blocks", "failed"),
+        ("masks.additive", "skipped"),
+    ]
+    assert Path(report["results"][0]["bundle"]).is_dir()
+    assert '<property name="check" value="forward.blocks"' in (door.path / "own.xml").read_text()
+    done.stdout.fnmatch_lines(["1 check run: 1 failed; 1 skipped"])
+
+
 def test_a_wrong_description_in_a_test_file_is_an_error_of_collection(door: pytest.Pytester) -> None:
     door.makepyfile(
         DOOR + "\n@parametrize_with_checks([described('right')], checks=['forward.logit'])\ndef test(check): check()\n"
