@@ -21,10 +21,12 @@ def capture(
     call: Callable[[], Output],
     *,
     pick: Mapping[str, Callable[[Any], torch.Tensor]] | None = None,
+    optional: bool = False,
 ) -> tuple[Output, dict[str, torch.Tensor]]:
     """Runs `call` once: what it returns, and by name what the submodules at `places` (name -> path) returned.
 
-    A submodule that returns a tuple gives its first element, unless `pick[name]` takes another.
+    A submodule that returns a tuple gives its first element, unless `pick[name]` takes another. optional: one that does
+    not run, such as a container whose parts are called one by one, is left out.
     Raises Mismatch when a submodule does not exist, did not run, or returned no tensor.
     """
     seen: dict[str, torch.Tensor] = {}
@@ -46,6 +48,6 @@ def capture(
                 raise Mismatch(f"{type(module).__name__} has no submodule '{path}', for '{name}'") from None
             hooks.callback(handle.remove)
         outputs = call()
-    if silent := set(places) - set(seen):
+    if (silent := set(places) - set(seen)) and not optional:
         raise Mismatch(f"{type(module).__name__} did not run the submodules of {', '.join(sorted(silent))}")
     return outputs, seen

@@ -49,6 +49,7 @@ def explore(
     """
     failures: dict[str, tuple[Case, Exception]] = {}
     latest: list[str] = []
+    passed: set[str] = set()
     deadline: list[float] = []
 
     def run(case: Case) -> None:
@@ -65,6 +66,7 @@ def explore(
             failures[key] = (case, error)
             latest.append(key)
             raise
+        passed.add(key)
 
     if database is not None:
         run._hypothesis_internal_add_digest = database.encode()  # type: ignore[attr-defined]
@@ -88,6 +90,8 @@ def explore(
             test()
     except FlakyFailure:
         case, error = failures[latest[-1]]
+        if latest[-1] not in passed:  # it failed every time, but not with the same kind of error
+            return Failure(case=case, error=error, attempts=len(latest))
         flaky = Mismatch(f"the same case failed once and passed once; the failure was: {first_line(error)}")
         return Failure(case=case, error=flaky, attempts=len(latest))
     except Exception:

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from harness.errors import DescriptionError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import torch
     from hypothesis.strategies import SearchStrategy
 
@@ -62,6 +64,9 @@ class Family:
         and `loss` (scalar) when targets are given. Taps are read by the harness itself.
     fields: original field -> names it is known by in ports, the likeliest first (the field's own name is always tried).
     port_fields: constants every port's configuration gets where it declares the name.
+    defaults: what the original's own configuration says where nothing is given, by field; None: it has no defaults.
+    special_tokens: configuration name (`eos_token_id`, ...) -> its default; those not named are None in the original.
+    refused: overrides of a drawn case's fields, each of which makes a configuration that the original refuses.
     port_key: (original's state-dict key) -> the port's key.
     tied: groups of state-dict keys of the original that are one tensor.
     maximum_length, vocabulary: names of the fields that bound positions and token ids.
@@ -71,6 +76,9 @@ class Family:
     gains: regular expression on the original's keys -> factor on the sensitising weights of that tensor.
     write_checkpoint: (module, fields, path, training state or None) writes the original's own file.
     read_checkpoint: path -> (fields, state dict), as the original's own resume code would read them.
+    checkpoint_dialects: (module, fields, directory) -> files written there by what sets them apart from the plain one:
+        equivalent files that some revision or setting of the original's training writes. `weights.dialects` asks for
+        those that today's original reads, `weights.older_dialects` for the others.
     checkpoint_name: the file name `write_checkpoint` output goes by.
     generate_original: (module, prompt, keyword options max_new_tokens, temperature, top_k) -> prompt + new tokens.
     parameter_groups: (original module, weight decay) -> AdamW groups of the original.
@@ -90,6 +98,9 @@ class Family:
     run_original: Callable[[torch.nn.Module, torch.Tensor, torch.Tensor | None], dict[str, torch.Tensor]]
     fields: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
     port_fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    defaults: Fields | None = None
+    special_tokens: Mapping[str, int | None] = dataclasses.field(default_factory=dict)
+    refused: Sequence[Fields] = ()
     port_key: Callable[[str], str] = str
     tied: Sequence[Sequence[str]] = ()
     maximum_length: str = "max_position_embeddings"
@@ -100,6 +111,7 @@ class Family:
     gains: Mapping[str, float] = dataclasses.field(default_factory=dict)
     write_checkpoint: Callable[..., None] | None = None
     read_checkpoint: Callable[[str], tuple[Fields, dict[str, torch.Tensor]]] | None = None
+    checkpoint_dialects: Callable[[torch.nn.Module, Fields, Path], Mapping[str, Path]] | None = None
     checkpoint_name: str = "checkpoint.pt"
     generate_original: Callable[..., torch.Tensor] | None = None
     parameter_groups: Callable[[torch.nn.Module, float], list[dict[str, Any]]] | None = None

@@ -30,8 +30,8 @@ def _run_both(trial: Trial, case: Case, pair: Pair) -> Compared:
     places = {tap.name: tap.original for tap in present}
     expected, theirs = capture(pair.original, places, lambda: run_original(trial, pair.original, tokens, targets))
     places = {tap.name: tap.port for tap in present}
-    logits, ours = capture(pair.port, places, lambda: port_logits(trial, pair.port, tokens))
-    pairs = [(tap.name, ours[tap.name].cpu(), theirs[tap.name].cpu()) for tap in present]
+    logits, ours = capture(pair.port, places, lambda: port_logits(trial, pair.port, tokens), optional=True)
+    pairs = [(tap.name, ours[tap.name].cpu(), theirs[tap.name].cpu()) for tap in present if tap.name in ours]
     return [*pairs, ("logits", logits.cpu(), expected["logits"].cpu())]
 
 
@@ -42,7 +42,9 @@ def first_divergence(trial: Trial, case: Case) -> str | None:
     here = dataclasses.replace(trial, route=main_route(trial.port))  # modules can be watched in this process alone
     try:
         found = _run_both(here, case, prepare(here, case))
-    except (Exception, SystemExit):  # the failure is reported already; where it begins is a courtesy
+    except KeyboardInterrupt:
+        raise
+    except BaseException:  # the failure is reported already; where it begins is a courtesy
         return None
     for tap, ours, theirs in found:
         if ours.shape != theirs.shape or not relative_error(ours, theirs) <= SEMANTICS_BOUND:

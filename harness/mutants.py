@@ -22,7 +22,7 @@ from typing import Any, Literal
 from harness.errors import DescriptionError
 from harness.families import Family
 from harness.ports import Port, load_object
-from harness.results import BAD
+from harness.results import BAD, Result
 
 VERDICT_SECONDS = 300
 """How long one mutant may keep the gate busy."""
@@ -232,7 +232,7 @@ def _verdict(mutant: Mutant, port: Port, shared: Any, everything: bool) -> Trapp
 
 def _judge_in_child(mutant: Mutant, port: Port, shared: Any, everything: bool, directory: Path, answer: Path) -> None:
     """Runs the gate on the mutant, writes one entry for each check, and never returns."""
-    from harness.runner import Options, plan, run_item
+    from harness.runner import Options, plan, run_item, too_few
 
     code = 1
     try:
@@ -241,13 +241,17 @@ def _judge_in_child(mutant: Mutant, port: Port, shared: Any, everything: bool, d
         options = Options(backends=("torch-cpu",), shrink_seconds=0.0)
         items = plan([planted], options)
         items.sort(key=lambda item: not _is_expected(mutant, item.check.id))
-        entries = []
+        results: list[Result] = []
         for item in items:
-            result = run_item(item, options, shared)
-            entries.append({"check": result.check, "status": result.status, "reason": result.reason})
+            results.append(run_item(item, options, shared))
             expected = sum(1 for each in items if _is_expected(mutant, each.check.id))
-            if not everything and len(entries) >= expected and any(entry["status"] in BAD for entry in entries):
+            if not everything and len(results) >= expected and any(result.status in BAD for result in results):
                 break
+        entries = [{"check": r.check, "status": r.status, "reason": r.reason} for r in results]
+        if len(results) == len(items) and (complaints := too_few([planted], results, Options())):
+            # A check that fell silent: the gate is red for it too.
+            silent = [r.check for r in results if r.status == "skipped" and _is_expected(mutant, r.check)]
+            entries.append({"check": (silent or ["min_checks"])[0], "status": "failed", "reason": complaints[0]})
         temporary = answer.with_suffix(".tmp")
         temporary.write_text(json.dumps(entries))
         temporary.replace(answer)

@@ -16,6 +16,9 @@ SEMANTICS_BOUND = 1e-9
 FLOAT32_INSIDE_BOUND = 1e-5
 """Relative error in float64 for a port that is seen to compute a part in float32."""
 
+FLOAT32_GRADIENT_BOUND = 1e-4
+"""The same for gradients and what follows from them: a backward pass adds up errors of the whole forward pass."""
+
 CALIBRATION_FACTOR = 2.0
 """A port's error at a dtype over the original's at that dtype: FlashAttention's rule, with the original as baseline."""
 
@@ -83,7 +86,9 @@ def _where(actual: torch.Tensor, expected: torch.Tensor) -> str:
         index.append(int(place % size))
         place = place // size
     at = tuple(reversed(index))
-    return f", largest at {list(at)}: {float(left[at]):.6g} instead of {float(right[at]):.6g}"
+    pairs = (f"{float(left[at]):.{digits}g} instead of {float(right[at]):.{digits}g}" for digits in (6, 9, 12, 17))
+    telling = next((pair for pair in pairs if len(set(pair.split(" instead of "))) == 2), "equal numbers")
+    return f", largest at {list(at)}: {telling}"
 
 
 def typical_error(actual: torch.Tensor, expected: torch.Tensor) -> float:

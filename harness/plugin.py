@@ -163,10 +163,11 @@ class CheckItem(pytest.Item):
     def runtest(self) -> None:
         """Runs the check; the test's outcome is the result's."""
         from harness.ports import require_classes
-        from harness.runner import run_item
+        from harness.runner import contained, run_item
 
         try:
-            require_classes(self.item.port)
+            with contained():
+                require_classes(self.item.port)
         except DescriptionError as error:
             if hasattr(self.config, "workerinput"):  # a worker that exits takes its message with it
                 raise CheckFailed(f"error: {error}") from None

@@ -9,10 +9,11 @@ import fnmatch
 import hashlib
 import importlib
 import importlib.util
+import shlex
 import sys
 import tomllib
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -85,16 +86,24 @@ def _problem(port: Port) -> str | None:
     loader, _, rest = port.load.partition(":")
     if loader not in LOADERS:
         return f"load = {port.load!r} is not one of {', '.join(LOADERS)}{nearest(loader, LOADERS)}"
+    if loader in ("state_dict", "pretrained") and rest:
+        return f"load = {port.load!r}: '{loader}' takes nothing after a colon; to call a converter: 'checkpoint:{rest}'"
     if loader in ("checkpoint", "command") and not rest:
         return f"load = {port.load!r} needs what to call after the colon, such as '{loader}:...'"
     if loader == "command" and not _is_template(rest):
-        return f"load = {port.load!r} must contain {{checkpoint}} and {{out}}, and nothing else in braces"
+        return (
+            f"load = {port.load!r} must be a command line with {{checkpoint}} and {{out}} in it,"
+            " nothing else in braces, and every quotation mark closed"
+        )
     if port.labels not in ("hf", "preshifted"):
         return f"labels must be 'hf' or 'preshifted', not {port.labels!r}"
-    for key in ("lacks", "xfail", "config_map"):
+    for key, meaning in (("lacks", "a reason"), ("xfail", "a reason"), ("config_map", "a field of the port")):
         table = getattr(port, key)
-        if not isinstance(table, Mapping) or not all(isinstance(value, str) and value for value in table.values()):
-            return f"{key} must be a table of strings, a reason or a name for each key"
+        if not isinstance(table, Mapping):
+            return f"{key} must be a table, with {meaning} for each entry, not {table!r}"
+        for entry, value in table.items():
+            if not isinstance(value, str) or not value.strip():
+                return f"{key}: '{entry}' needs {meaning}, a non-empty string, not {value!r}"
     if not isinstance(port.code, list | tuple) or not all(isinstance(file, str) for file in port.code):
         return f"code must be a list of file names, not {port.code!r}"
     if isinstance(port.min_checks, bool) or not isinstance(port.min_checks, int) or port.min_checks < 0:
@@ -109,7 +118,8 @@ def _problem(port: Port) -> str | None:
 def _is_template(text: str) -> bool:
     try:
         text.format(checkpoint="", out="")
-    except (KeyError, IndexError, ValueError):
+        shlex.split(text)
+    except (KeyError, IndexError, ValueError, AttributeError):
         return False
     return "{checkpoint}" in text and "{out}" in text
 
@@ -118,7 +128,8 @@ def _is_spec(spec: Any) -> bool:
     if not isinstance(spec, str):
         return False
     place, _, name = spec.rpartition(":")
-    return bool(place) and bool(name) and name.replace(".", "_").isidentifier()
+    is_module = all(part.isidentifier() for part in place.split("."))
+    return (place.endswith(".py") or is_module) and all(part.isidentifier() for part in name.split("."))
 
 
 def parse_ports(table: Mapping[str, Any], *, root: Path, file: str) -> tuple[Port, ...]:
@@ -162,7 +173,7 @@ def read_ports(directory: Path) -> tuple[Port, ...]:
         if not path.is_file():
             continue
         try:
-            document = tomllib.loads(path.read_text(encoding="utf-8"))
+            document = tomllib.loads(path.read_text(encoding="utf-8-sig"))
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise DescriptionError(f"{name} is not valid TOML: {error}") from None
         tools = document.get("tool", {})
@@ -197,7 +208,7 @@ def load_object(spec: str, *, root: Path) -> Any:
     found: Any = module
     for part in name.split("."):
         if not hasattr(found, part):
-            own = [key for key, value in vars(module).items() if getattr(value, "__module__", None) == module.__name__]
+            own = [name for name, value in vars(module).items() if isinstance(value, type)]
             raise DescriptionError(f"'{spec}': there is no '{part}' in {place}{nearest(part, own)}")
         found = getattr(found, part)
     return found
@@ -217,12 +228,24 @@ def require_named(port: Port) -> None:
             raise DescriptionError(f"port '{port.name}': {key} = '{place}:{name}': there is no file {path}")
         names = _top_level_names(path)
         if names and name.partition(".")[0] not in names:
+            classes = [found for found in names if found[:1].isupper()] or names
             raise DescriptionError(
-                f"port '{port.name}': {key} = '{place}:{name}': there is no '{name}' in {place}{nearest(name, names)}"
+                f"port '{port.name}': {key} = '{place}:{name}': there is no '{name}' in {place}{nearest(name, classes)}"
             )
     for file in port.code:
         if not (port.root / file).is_file():
             raise DescriptionError(f"port '{port.name}': code names {file}: there is no file {port.root / file}")
+
+
+def require_fields(port: Port) -> None:
+    """Raises DescriptionError when `config_map` names a field that the original does not have, as far as is known."""
+    family = family_of(port)
+    for field in port.config_map:
+        if family.defaults is not None and field not in family.defaults:
+            raise DescriptionError(
+                f"port '{port.name}': config_map names '{field}', which {family.name} does not have"
+                f"{nearest(field, sorted(family.defaults))}"
+            )
 
 
 def require_classes(port: Port) -> None:
@@ -242,26 +265,49 @@ def require_classes(port: Port) -> None:
             raise DescriptionError(f"port '{port.name}': {key} = {error}") from None
         if not isinstance(found, type):
             raise DescriptionError(f"port '{port.name}': {key} = '{spec}' is a {type(found).__name__}, not a class")
+        if key != "config" and not hasattr(found, "state_dict"):
+            raise DescriptionError(f"port '{port.name}': {key} = '{spec}' is not a model: it has no state_dict()")
         if key == "config" and not (dataclasses.is_dataclass(found) or hasattr(found, "to_dict")):
             raise DescriptionError(
                 f"port '{port.name}': config = '{spec}' is not a configuration class: it has no to_dict()"
             )
+    spec = converter_spec(port)
+    if spec is not None:
+        try:
+            found = load_object(spec, root=port.root)
+        except Mismatch:
+            return
+        except DescriptionError as error:
+            raise DescriptionError(f"port '{port.name}': load = '{port.load}': {error}") from None
+        if not callable(found):
+            raise DescriptionError(f"port '{port.name}': load = '{port.load}': '{spec}' cannot be called")
 
 
 def _top_level_names(path: Path) -> list[str]:
     """Names that a file's own statements bind, classes first; empty when it may bind others, or is not Python."""
     try:
-        statements = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+        tree = ast.parse(path.read_text(encoding="utf-8"))
     except (SyntaxError, ValueError):
         return []  # the checks will say so when they import it
+    statements = list(_module_level(tree.body))
     imports = [node for node in statements if isinstance(node, ast.Import | ast.ImportFrom)]
     aliases = [alias.asname or alias.name.partition(".")[0] for node in imports for alias in node.names]
-    if "*" in aliases or any(isinstance(node, ast.Call) and "exec" in ast.dump(node.func) for node in statements):
+    calls = [node.func for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    if "*" in aliases or any("'exec'" in ast.dump(function) or "'globals'" in ast.dump(function) for function in calls):
         return []
     classes = [node.name for node in statements if isinstance(node, ast.ClassDef)]
     functions = [node.name for node in statements if isinstance(node, ast.FunctionDef)]
     assigned = [node.id for node in statements if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)]
     return [*classes, *functions, *assigned, *aliases]
+
+
+def _module_level(statements: Sequence[ast.stmt]) -> Iterator[ast.AST]:
+    """Everything in a file but the bodies of its functions and classes."""
+    for statement in statements:
+        yield statement
+        if not isinstance(statement, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            for child in ast.iter_child_nodes(statement):
+                yield from _module_level([child]) if isinstance(child, ast.stmt) else ast.walk(child)
 
 
 def source_file(spec: str, *, root: Path) -> Path:
@@ -279,10 +325,13 @@ def _import_module(name: str, root: Path, spec: str) -> types.ModuleType:
     if str(root) not in sys.path:
         sys.path.insert(0, str(root))
     try:
-        if importlib.util.find_spec(name) is None:
-            raise DescriptionError(f"'{spec}': there is no module '{name}' on the Python path or below {root}")
+        found = importlib.util.find_spec(name)
     except ModuleNotFoundError as error:
         raise DescriptionError(f"'{spec}': there is no module '{error.name}'") from None
+    except Exception as error:  # a parent package that cannot be imported is a finding about it
+        raise Mismatch(f"'{spec}' cannot be imported: {type(error).__name__}: {first_line(error)}") from error
+    if found is None:
+        raise DescriptionError(f"'{spec}': there is no module '{name}' on the Python path or below {root}")
     return _run_import(name, spec)
 
 
@@ -315,7 +364,9 @@ def _import_lone_file(path: Path, spec: str) -> types.ModuleType:
 def _run_import(name: str, spec: str) -> types.ModuleType:
     try:
         return importlib.import_module(name)
-    except (Exception, SystemExit) as error:  # whatever foreign code does at import is a finding about that code
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # whatever foreign code does at import is a finding about that code
         raise Mismatch(f"'{spec}' cannot be imported: {type(error).__name__}: {first_line(error)}") from error
 
 
@@ -330,6 +381,14 @@ def first_line(error: BaseException) -> str:
 def shortened(text: str, length: int = 240) -> str:
     """Text no longer than that, cut with three dots."""
     return text if len(text) <= length else text[: length - 3] + "..."
+
+
+def converter_spec(port: Port) -> str | None:
+    """The spec of the callable of `load = "checkpoint:..."`: a name in the model's file, or a spec of its own."""
+    kind, _, name = port.load.partition(":")
+    if kind != "checkpoint":
+        return None
+    return name if ":" in name else f"{port.model.rpartition(':')[0]}:{name}"
 
 
 def check_patterns(ports: Sequence[Port], check_ids: Sequence[str]) -> None:

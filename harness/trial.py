@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 class Trial:
     """What a check is given beside its case: the port, how the weights travel, and where the port runs.
 
-    workdir is an empty directory of this trial's own; `sandbox` starts fresh processes.
+    workdir is an empty directory of this trial's own; `sandbox` starts fresh processes. float32_inside: the port was
+    seen to compute a part in float32, and is held to the bound for that.
     """
 
     port: Port
@@ -39,6 +40,7 @@ class Trial:
     dtype: str
     workdir: Path
     sandbox: Sandbox
+    float32_inside: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -118,15 +120,23 @@ def port_logits(trial: Trial, model: torch.nn.Module, tokens: torch.Tensor, **op
 
 
 def call_port(trial: Trial, model: torch.nn.Module, tokens: torch.Tensor | None, **options: Any) -> Any:
-    """What the port's forward returns, untouched; tensors are moved to the trial's device, None is not passed on."""
+    """What the port's forward returns, untouched; tensors are moved to the trial's device, None is not passed on.
+
+    Raises Mismatch when forward changes a tensor that it was given.
+    """
     device = pytorch.device_of(trial.backend)
     inputs = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in options.items()}
     if tokens is not None:
         inputs["input_ids"] = tokens.to(device)
     given = {name: value for name, value in inputs.items() if value is not None}
     _require_taken(model, given)
+    before = {name: value.clone() for name, value in given.items() if isinstance(value, torch.Tensor)}
     with pytorch.autocast(trial.backend, trial.dtype):
-        return model(**given)
+        output = model(**given)
+    for name, value in before.items():
+        if not torch.equal(given[name].detach().nan_to_num(), value.detach().nan_to_num()):
+            raise Mismatch(f"forward writes into its argument '{name}'; the caller's tensor must stay as it was")
+    return output
 
 
 def _require_taken(model: torch.nn.Module, names: Iterable[str]) -> None:
@@ -172,9 +182,13 @@ def config_class(trial: Trial) -> type:
 def port_config(trial: Trial, fields: Fields, **options: Any) -> Any:
     """The port's configuration for the original's fields. Raises Mismatch when a field has no place in it."""
     cls = config_class(trial)
-    return cls(
+    config = cls(
         **{port_field(trial, cls, name): value for name, value in fields.items()}, **_constants(trial, cls), **options
     )
+    for field, name in trial.port.config_map.items():
+        if not hasattr(config, name):
+            raise Mismatch(f"config_map sends '{field}' to '{name}', which {cls.__name__} does not have")
+    return config
 
 
 def port_field(trial: Trial, cls: type, field: str) -> str:
@@ -186,8 +200,8 @@ def port_field(trial: Trial, cls: type, field: str) -> str:
         if name in accepted:
             return name
     raise Mismatch(
-        f"{cls.__name__} has no field for the original's '{field}';"
-        f" name it in the port's config_map{nearest(field, sorted(accepted))}"
+        f"{cls.__name__} has no field for the original's '{field}'; give it one, or name in config_map the one that is"
+        f" meant{nearest(field, sorted(accepted))}"
     )
 
 
@@ -210,13 +224,13 @@ def require_semantics(
     actual: torch.Tensor,
     expected: torch.Tensor,
     *,
-    run: Callable[[], Any] | None = None,
     baseline: Callable[[], torch.Tensor] | None = None,
     first_divergence: str | None = None,
+    float32_bound: float = numerics.FLOAT32_INSIDE_BOUND,
 ) -> dict[str, float]:
     """Checks a port's tensor against the float64 oracle, with the bound of the trial's dtype; gives the numbers.
 
-    float64: 1e-9 relative, or 1e-5 when `run`, the port's computation, is seen to narrow to float32 inside.
+    float64: 1e-9 relative, or `float32_bound` for a port that is known to narrow to float32 inside.
     Anything less: calibrated against `baseline`, the original's tensor at that dtype, or 1000 units in the last place.
     """
     if trial.dtype != "float64":
@@ -224,15 +238,8 @@ def require_semantics(
         if baseline is not None:
             return numerics.require_calibrated(what, actual, baseline(), expected, epsilon=epsilon)
         return {"error": numerics.require_close(what, actual, expected, bound=1000 * epsilon)}
-    bound = numerics.SEMANTICS_BOUND
-    numerics.require_shape(what, actual, expected)
-    error = numerics.relative_error(actual, expected)
-    metrics = {"error": error}
-    if bound < error <= numerics.FLOAT32_INSIDE_BOUND and run is not None and pytorch.float32_inside(run):
-        bound = numerics.FLOAT32_INSIDE_BOUND
-        metrics["float32_inside"] = 1.0
-    numerics.require_close(what, actual, expected, bound=bound, first_divergence=first_divergence)
-    return metrics
+    bound = float32_bound if trial.float32_inside else numerics.SEMANTICS_BOUND
+    return {"error": numerics.require_close(what, actual, expected, bound=bound, first_divergence=first_divergence)}
 
 
 def each_attention(model: Any) -> Iterator[str]:

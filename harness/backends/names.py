@@ -14,6 +14,10 @@ TORCH_SETTINGS = MappingProxyType[str, Any](
         "allow_bf16_reduced_precision_reduction": False,
         "allow_fp16_reduced_precision_reduction": False,
         "threads": 1,
+        "deterministic_algorithms": False,
+        "default_dtype": "float32",
+        "default_device": "cpu",
+        "gradients": True,
     }
 )
 """Under which every check runs: full precision, and one thread, as tiny models only lose time to a second."""

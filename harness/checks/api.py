@@ -3,7 +3,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import inspect
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,11 +16,13 @@ from harness.cases import Case
 from harness.checks.loss import at_least_two_tokens, port_labels
 from harness.errors import Mismatch, Skip
 from harness.numerics import require_close, require_shape
+from harness.ports import first_line
 from harness.routes.pretrained import load, save
 from harness.trial import (
     Trial,
     call_port,
     config_class,
+    initial_original,
     original_model,
     port_class,
     port_config,
@@ -32,7 +37,8 @@ from harness.trial import (
 def output_type(trial: Trial, case: Case) -> dict[str, float]:
     """forward returns an output with named fields: logits for every position, and a loss only when there are labels.
 
-    Would have caught: a bare tuple, logits of the last position alone, a loss of zero where there are no labels.
+    A base model that AutoModel offers returns one with last_hidden_state. Would have caught: a bare tuple, logits of
+    the last position alone, a loss of zero where there are no labels, a base model that returns a bare tensor.
     """
     pair = prepare(trial, at_least_two_tokens(case))
     output = _call(trial, pair.port, pair.batch.tokens)
@@ -47,13 +53,22 @@ def output_type(trial: Trial, case: Case) -> dict[str, float]:
         labels = port_labels(trial, pair.batch.tokens, pair.batch.targets)
         if getattr(_call(trial, pair.port, pair.batch.tokens, labels=labels), "loss", None) is None:
             raise Mismatch("forward returns no loss though it was given labels")
+    base = base_model(pair.port)
+    if base is not None and is_offered(base):
+        output = _call(trial, base, pair.batch.tokens)
+        if getattr(output, "last_hidden_state", None) is None:
+            raise Mismatch(
+                f"{type(base).__name__}, the base model, returns {type(output).__name__};"
+                " callers of AutoModel expect an output with .last_hidden_state"
+            )
     return {}
 
 
 def tuple_order(trial: Trial, case: Case) -> dict[str, float]:
     """With return_dict=False forward returns a tuple: the loss first where there is one, then the logits.
 
-    Would have caught: return_dict accepted and ignored, None left in the tuple.
+    A base model that takes return_dict does so too, with the last hidden state first. Would have caught: return_dict
+    accepted and ignored, by the model or by its base model; None left in the tuple.
     """
     pair = prepare(trial, at_least_two_tokens(case))
     tokens = pair.batch.tokens
@@ -67,13 +82,115 @@ def tuple_order(trial: Trial, case: Case) -> dict[str, float]:
         plain = _call(trial, pair.port, tokens, labels=labels, return_dict=False)
         if len(plain) < 2 or plain[0] is None or plain[0].ndim or not torch.equal(plain[1], named.logits):
             raise Mismatch("return_dict=False with labels: the first two entries are not loss and logits")
+    base = base_model(pair.port)
+    if base is not None and _takes_return_dict(base):
+        plain = _call(trial, base, tokens, return_dict=False)
+        if not isinstance(plain, tuple):
+            raise Mismatch(
+                f"{type(base).__name__}, the base model, gives {type(plain).__name__} for return_dict=False,"
+                " expected a tuple"
+            )
+        last = getattr(_call(trial, base, tokens), "last_hidden_state", None)
+        if last is not None and (not plain or not torch.equal(plain[0], last)):
+            raise Mismatch(
+                f"{type(base).__name__}, the base model, with return_dict=False: the first entry is not the last"
+                " hidden state"
+            )
     return {}
+
+
+def configured_outputs(trial: Trial, case: Case) -> dict[str, float]:
+    """What the configuration asks to be returned is returned as if a caller had asked for it.
+
+    A port may leave output_hidden_states and output_attentions to the caller, both or neither. A return_dict=False that
+    breaks forward is counted only: it breaks transformers' own Llama and GPT-2. Would have caught:
+    output_hidden_states taken from the argument alone where output_attentions is not, a tuple in another order.
+    """
+    pair = prepare(trial, at_least_two_tokens(case))
+    model: Any = pair.port
+    tokens = pair.batch.tokens
+    if getattr(model, "config", None) is None:
+        raise Skip("the port has no configuration that could ask for outputs")
+    if hasattr(model, "set_attn_implementation"):
+        model.set_attn_implementation("eager")
+    obeys_return_dict, breaks = _obeys_return_dict(trial, model, tokens)
+    obeyed = {
+        option: _obeys(trial, model, tokens, option, field)
+        for option, field in (("output_hidden_states", "hidden_states"), ("output_attentions", "attentions"))
+        if _takes(model, option)
+    }
+    followed = [option for option, verdict in obeyed.items() if verdict]
+    ignored = [option for option, verdict in obeyed.items() if verdict is False]
+    if followed and ignored:
+        raise Mismatch(
+            f"config.{ignored[0]}=True is ignored, though config.{followed[0]}=True is not;"
+            f" an argument that is not given stands for the configuration's value"
+        )
+    if not followed and not obeys_return_dict:
+        raise Skip("the port leaves to the caller what it returns: its configuration's output options change nothing")
+    return {"return_dict_breaks": 1.0} if breaks else {}
+
+
+def _obeys_return_dict(trial: Trial, model: Any, tokens: torch.Tensor) -> tuple[bool, bool]:
+    """Whether config.return_dict=False gives a tuple, and whether it breaks forward.
+
+    Raises Mismatch for another tuple than the argument's.
+    """
+    logits = _call(trial, model, tokens).logits
+    with _configured(model.config, "return_dict", False):
+        try:
+            plain = _call(trial, model, tokens)
+        except Exception:  # heads that read their base model's output by name, as most of the library's do
+            return False, True
+    if not isinstance(plain, tuple):
+        return False, False
+    if not plain or not torch.equal(plain[0], logits):
+        raise Mismatch("config.return_dict=False: the first entry of the tuple is not the logits")
+    if _takes(model, "return_dict"):
+        asked = _call(trial, model, tokens, return_dict=False)
+        if isinstance(asked, tuple) and len(asked) != len(plain):
+            raise Mismatch(
+                f"config.return_dict=False gives a tuple of {len(plain)}, the argument return_dict=False one of"
+                f" {len(asked)}"
+            )
+    return True, False
+
+
+def _obeys(trial: Trial, model: Any, tokens: torch.Tensor, option: str, field: str) -> bool | None:
+    """Whether the configuration's option gives what the argument gives; None where the argument gives nothing."""
+    asked = getattr(_call(trial, model, tokens, **{option: True}), field, None)
+    if not asked or any(tensor is None for tensor in asked):
+        return None  # the finding of api.hidden_states or api.attentions
+    with _configured(model.config, option, True):
+        try:
+            output = _call(trial, model, tokens)
+        except Exception as error:  # whatever the setting breaks is the finding
+            broken = f"{type(error).__name__}: {first_line(error)}"
+            raise Mismatch(f"with config.{option}=True forward raises {broken}") from error
+    given = getattr(output, field, None)
+    if not given:
+        return False
+    if len(given) != len(asked) or not all(map(torch.equal, given, asked)):
+        raise Mismatch(f"config.{option}=True gives other {field} than the argument {option}=True")
+    return True
+
+
+@contextlib.contextmanager
+def _configured(config: Any, name: str, value: Any) -> Iterator[None]:
+    """Sets a field of a configuration, inside."""
+    before = getattr(config, name, None)
+    setattr(config, name, value)
+    try:
+        yield
+    finally:
+        setattr(config, name, before)
 
 
 def hidden_states(trial: Trial, case: Case) -> dict[str, float]:
     """Hidden states follow the library's contract: the embedding, then each block's output, the last one normed.
 
-    Compared with the original's own. Would have caught: the last entry before the norm, the embedding left out.
+    Compared with the original's own; gradients flow through each to the token embedding. Would have caught: the last
+    entry before the norm, the embedding left out, detached states, which train nothing in a distillation.
     """
     pair = prepare(trial, case)
     assert trial.family.taps is not None  # the check needs taps
@@ -82,23 +199,44 @@ def hidden_states(trial: Trial, case: Case) -> dict[str, float]:
     _, seen = capture(pair.original, places, lambda: run_original(trial, pair.original, tokens, targets))
     blocks = [name for name in places if name.count(".") == 1 and name.startswith("block.")]
     expected = [seen["embedding"], *(seen[name] for name in blocks[:-1]), seen["final_norm"]]
-    states = getattr(_call(trial, pair.port, pair.batch.tokens, output_hidden_states=True), "hidden_states", None)
+    # With gradients: the same states are then asked for theirs.
+    states = getattr(call_port(trial, pair.port, tokens, output_hidden_states=True), "hidden_states", None)
     if states is None:
         raise Mismatch("output_hidden_states=True gives no hidden_states")
     if len(states) != len(expected):
         raise Mismatch(f"{len(states)} hidden states, expected {len(expected)}: the embedding and one for each block")
-    return worst(
+    numbers = worst(
         *(
-            require_semantics(trial, f"hidden_states[{i}]", actual.cpu(), wanted)
+            require_semantics(trial, f"hidden_states[{i}]", actual.detach().cpu(), wanted)
             for i, (actual, wanted) in enumerate(zip(states, expected, strict=True))
         )
     )
+    _require_gradients(pair.port, states)
+    return numbers
+
+
+def _require_gradients(model: Any, states: Sequence[torch.Tensor]) -> None:
+    """Raises Mismatch unless each hidden state depends on the token embedding in a way that gradients can follow."""
+    table = model.get_input_embeddings()
+    weight = getattr(table, "weight", None)
+    if weight is None or not weight.requires_grad:
+        return
+    for i, state in enumerate(states):
+        gradient = None
+        if state.requires_grad:
+            (gradient,) = torch.autograd.grad(state.sum(), weight, retain_graph=True, allow_unused=True)
+        if gradient is None:
+            raise Mismatch(
+                f"hidden_states[{i}] is detached: no gradient flows from it to the input embedding;"
+                " a port returns the states that it goes on computing with"
+            )
 
 
 def attentions(trial: Trial, case: Case) -> dict[str, float]:
-    """Attention weights with eager attention: one tensor a block, rows that sum to one, nothing on masked places.
+    """Attention weights with eager attention: a tensor a block, a map a head, rows that sum to one, nothing masked.
 
-    Would have caught: scores instead of weights, dropout in what is returned, a causal mask that leaks.
+    Would have caught: scores instead of weights, dropout in what is returned, a causal mask that leaks, the weights of
+    the last block alone, the mean over the heads in place of each.
     """
     pair = prepare(trial, case)
     model: Any = pair.port
@@ -108,39 +246,73 @@ def attentions(trial: Trial, case: Case) -> dict[str, float]:
     if not weights or any(tensor is None for tensor in weights):
         raise Mismatch("output_attentions=True with eager attention gives no attentions")
     rows, count = pair.batch.tokens.shape
+    layers, heads = known_by(trial, case, "num_hidden_layers"), known_by(trial, case, "num_attention_heads")
+    if layers is not None and len(weights) != layers:
+        raise Mismatch(f"{len(weights)} attentions, expected {layers}: one for each block")
     for layer, tensor in enumerate(weights):
-        if tensor.ndim != 4 or (tensor.shape[0], *tensor.shape[2:]) != (rows, count, count):
+        shape = (rows, tensor.shape[1] if heads is None and tensor.ndim > 1 else heads, count, count)
+        if tuple(tensor.shape) != shape:
             raise Mismatch(
-                f"attentions[{layer}] has shape {tuple(tensor.shape)}, expected ({rows}, heads, {count}, {count})"
+                f"attentions[{layer}] has shape {tuple(tensor.shape)},"
+                f" expected ({rows}, {'heads' if heads is None else heads}, {count}, {count})"
             )
         require_close(f"sums of attentions[{layer}]", tensor.sum(-1), torch.ones_like(tensor.sum(-1)), bound=1e-5)
         if "causal" in trial.family.features and bool((tensor.triu(1) != 0).any()):
             raise Mismatch(f"attentions[{layer}] has weight on later positions")
+        # One token has one place to look at, whichever head looks.
+        if count > 1 and tensor.shape[1] > 1 and bool((tensor == tensor[:, :1]).all()):
+            raise Mismatch(f"attentions[{layer}] has the same map for every head, though their weights differ")
     return {"layers": float(len(weights))}
 
 
 def logits_to_keep(trial: Trial, case: Case) -> dict[str, float]:
     """`logits_to_keep` gives the last logits of the full call, as a count and as positions.
 
-    Would have caught: the argument swallowed, which costs the memory it is there to save; a slice [-0:].
+    So does num_logits_to_keep, its older name, in a port that knows it. Would have caught: the argument swallowed,
+    which costs the memory it is there to save; a slice [-0:]; one position whatever the count.
     """
     pair = prepare(trial, case)
     tokens = pair.batch.tokens
     full = port_logits(trial, pair.port, tokens)
     positions = torch.arange(0, tokens.shape[1], 2)
-    for keep, expected in ((0, full), (1, full[:, -1:]), (positions, full[:, positions])):
-        actual = port_logits(trial, pair.port, tokens, logits_to_keep=keep)
-        require_shape(f"logits with logits_to_keep={keep}", actual, expected)
-        require_close(
-            f"logits with logits_to_keep={keep}", actual, expected, bound=1e-4 if trial.dtype != "float64" else 1e-9
-        )
+    counts: dict[int, torch.Tensor] = {0: full} | {n: full[:, -n:] for n in (1, 2, 3) if n <= tokens.shape[1]}
+    for count, expected in counts.items():
+        _require_kept(trial, f"logits_to_keep={count}", _kept(trial, pair.port, tokens, count), expected)
+    kept = _kept(trial, pair.port, tokens, positions)
+    _require_kept(trial, f"logits_to_keep={positions.tolist()}", kept, full[:, positions])
+    older = "num_logits_to_keep"
+    if _names(pair.port, older):
+        for count, expected in counts.items():
+            try:
+                kept = port_logits(trial, pair.port, tokens, **{older: count})
+            except Exception:  # a port may know the older name in order to refuse it
+                continue
+            _require_kept(trial, f"{older}={count}", kept, expected)
     return {}
+
+
+def _kept(trial: Trial, model: torch.nn.Module, tokens: torch.Tensor, keep: int | torch.Tensor) -> torch.Tensor:
+    return port_logits(trial, model, tokens, logits_to_keep=keep)
+
+
+def _require_kept(trial: Trial, option: str, actual: torch.Tensor, expected: torch.Tensor) -> None:
+    require_shape(f"logits with {option}", actual, expected)
+    require_close(f"logits with {option}", actual, expected, bound=1e-4 if trial.dtype != "float64" else 1e-9)
+
+
+def _names(model: torch.nn.Module, word: str) -> bool:
+    """Whether the port's forward knows a keyword by name: as a parameter, or as one it takes out of its keywords."""
+    if word in inspect.signature(model.forward).parameters:
+        return True
+    code = getattr(inspect.unwrap(model.forward), "__code__", None)
+    return word in getattr(code, "co_consts", ())
 
 
 def auto_classes(trial: Trial, case: Case) -> dict[str, float]:
     """The configuration's model_type is the port's own, and the Auto class makes the port from it.
 
-    Would have caught: model_type "gpt2", with which AutoModelForCausalLM silently builds another architecture.
+    AutoModel makes the base model that is registered for it. Would have caught: model_type "gpt2", with which
+    AutoModelForCausalLM silently builds another architecture; AutoModel registered with the model that has the head.
     """
     import transformers
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -159,6 +331,16 @@ def auto_classes(trial: Trial, case: Case) -> dict[str, float]:
     made = auto.from_config(port_config(trial, case.fields))
     if not isinstance(made, model_class):
         raise Mismatch(f"{trial.family.port_auto_class} makes {type(made).__name__} of the port's configuration")
+    base = base_model(made)
+    registered = transformers.MODEL_MAPPING.get(cls, None)
+    # Some ports give AutoModel their model with head on purpose; these do not name a base model for it elsewhere.
+    if base is not None and isinstance(registered, type) and type(base)._auto_class == "AutoModel":
+        wanted: Any = type(base)
+        if not issubclass(registered, wanted):
+            raise Mismatch(
+                f"AutoModel makes {registered.__name__} of the port's configuration here, and {wanted.__name__} of its"
+                " remote code; both should be the base model"
+            )
     directory = save(trial, case, original_model(trial, case, dtype="float32"))
     loaded = auto.from_pretrained(directory)
     if not isinstance(loaded, model_class):
@@ -190,10 +372,12 @@ def embeddings(trial: Trial, case: Case) -> dict[str, float]:
 
 
 def device_map(trial: Trial, case: Case) -> dict[str, float]:
-    """The port loads under a device_map, and the modules it must not split exist.
+    """The port loads under a device_map, and the modules it must not split exist, its repeated block among them.
 
-    Would have caught: `_no_split_modules` left over from another model, on which accelerate cuts a residual in two.
+    Would have caught: `_no_split_modules` left over from another model, or with the parts of a block instead of the
+    block, on which accelerate cuts a residual in two.
     """
+    case = _at_least_two_layers(trial, case)
     model = prepare(trial, case).port
     kinds = {type(module).__name__ for module in model.modules()}
     named = list(getattr(model, "_no_split_modules", None) or [])
@@ -201,6 +385,14 @@ def device_map(trial: Trial, case: Case) -> dict[str, float]:
         raise Mismatch("_no_split_modules is empty; device_map='auto' needs the name of the block")
     if absent := [name for name in named if name not in kinds]:
         raise Mismatch(f"_no_split_modules names {absent[0]}, which the model does not have")
+    layers = known_by(trial, case, "num_hidden_layers")
+    stacks = _stacks(model, layers) if layers is not None and layers > 1 else {}
+    if stacks and not any(_is_whole(model, path, named) for path in stacks):
+        path, block = next(iter(stacks.items()))
+        raise Mismatch(
+            f"_no_split_modules names {', '.join(sorted(named))} and not {block}, the class of the {layers} blocks of"
+            f" '{path}'; device_map='auto' may cut a block, and with it a residual, in two"
+        )
     directory = save(trial, case, original_model(trial, case, dtype="float32"))
     single = dataclasses.replace(trial, dtype="float32")
     tokens = prepare(single, case).batch.tokens
@@ -217,3 +409,78 @@ def device_map(trial: Trial, case: Case) -> dict[str, float]:
 def _call(trial: Trial, model: torch.nn.Module, tokens: torch.Tensor, **options: Any) -> Any:
     with torch.no_grad():
         return call_port(trial, model, tokens, **options)
+
+
+def known_by(trial: Trial, case: Case, name: str) -> Any:
+    """The case's value of the field that the library knows by this name; None where the family has no such field."""
+    field = field_known_by(trial, name)
+    return None if field is None else case.fields.get(field)
+
+
+def field_known_by(trial: Trial, name: str) -> str | None:
+    """The original's name of the field that the library knows by this name."""
+    fields = trial.family.fields
+    return next((field for field, names in fields.items() if name in (field, *names)), None)
+
+
+def base_model(model: Any) -> Any:
+    """The PreTrainedModel inside of a model with a head; None where there is none."""
+    from transformers import PreTrainedModel
+
+    base = getattr(model, "base_model", None)
+    return base if base is not model and isinstance(base, PreTrainedModel) else None
+
+
+def is_offered(base: Any) -> bool:
+    """Whether AutoModel gives callers this base model; otherwise it is a part of the port, as it likes to be."""
+    from transformers import MODEL_MAPPING
+
+    return type(base)._auto_class == "AutoModel" or MODEL_MAPPING.get(type(base.config), None) is type(base)
+
+
+def _takes_return_dict(base: Any) -> bool:
+    """Whether a base model promises return_dict: by a parameter, or by keywords if it is there for callers."""
+    parameters = inspect.signature(base.forward).parameters
+    named = "input_ids" in parameters and "return_dict" in parameters
+    return named or (is_offered(base) and _takes(base, "return_dict"))
+
+
+def _takes(model: Any, name: str) -> bool:
+    parameters = inspect.signature(model.forward).parameters
+    return name in parameters or any(each.kind is each.VAR_KEYWORD for each in parameters.values())
+
+
+def _at_least_two_layers(trial: Trial, case: Case) -> Case:
+    """The case with two layers where it has one, if the original can be built so."""
+    field = field_known_by(trial, "num_hidden_layers")
+    if field is None or case.fields.get(field) != 1:
+        return case
+    deeper = {**case.fields, field: 2}
+    try:
+        initial_original(trial, deeper)
+    except Exception:  # another field may have to change with it
+        return case
+    return dataclasses.replace(case, fields=deeper)
+
+
+def _stacks(model: torch.nn.Module, layers: int) -> dict[str, str]:
+    """The outermost lists of one block for each layer: path, and the class of their elements."""
+    found: dict[str, str] = {}
+    for path, module in model.named_modules():
+        if not isinstance(module, torch.nn.ModuleList) or len(module) != layers:
+            continue
+        # A list of norms, or of experts within a block, is not what must stay together.
+        parts = [part for part in module[0].modules() if next(part.parameters(recurse=False), None) is not None]
+        if len(parts) > 1 and not any(path.startswith(f"{outer}.") for outer in found):
+            found[path] = type(module[0]).__name__
+    return found
+
+
+def _is_whole(model: torch.nn.Module, path: str, named: Sequence[str]) -> bool:
+    """Whether what is named keeps the elements of a list whole: they themselves, or something around them."""
+    names = path.split(".")
+    around = [model.get_submodule(".".join(names[:i])) for i in range(len(names) + 1)]
+    elements = list(model.get_submodule(path).children())
+    return any(type(module).__name__ in named for module in around) or all(
+        type(element).__name__ in named for element in elements
+    )

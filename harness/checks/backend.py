@@ -92,7 +92,7 @@ def _for_each(trial: Trial, pair: Pair, what: str, run: Callable[[], torch.Tenso
         except ValueError as error:
             raise Mismatch(f"the port does not take attention '{name}': {first_line(error)}") from None
         if trial.dtype == "float64":
-            numbers.append(require_semantics(trial, f"{what} with {name} against eager", run(), expected, run=run))
+            numbers.append(require_semantics(trial, f"{what} with {name} against eager", run(), expected))
         else:
             numbers.append({"error": require_close(f"{what} with {name} against eager", run(), expected, bound=1e-3)})
     return worst(*numbers)

@@ -5,15 +5,64 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
 from harness.cases import Case
-from harness.errors import Mismatch
+from harness.errors import DescriptionError, Mismatch, Skip
 from harness.ports import first_line, source_file
-from harness.trial import Trial, call_port, config_class, draw, place, port_class, port_config, port_field
+from harness.trial import (
+    Trial,
+    call_port,
+    config_class,
+    draw,
+    initial_original,
+    place,
+    port_class,
+    port_config,
+    port_field,
+)
 
 UNKNOWN_KEY = "a_field_that_nobody_declares"
+
+SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+COMMON_NAMES = ("hidden_size", "num_attention_heads", "num_hidden_layers", "vocab_size")
+"""What transformers' own tests, its caches, PEFT and serving engines read from every configuration."""
+
+DECODING = (
+    "min_length",
+    "min_new_tokens",
+    "early_stopping",
+    "stop_strings",
+    "num_beams",
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "typical_p",
+    "epsilon_cutoff",
+    "eta_cutoff",
+    "repetition_penalty",
+    "encoder_repetition_penalty",
+    "length_penalty",
+    "no_repeat_ngram_size",
+    "encoder_no_repeat_ngram_size",
+    "bad_words_ids",
+    "forced_bos_token_id",
+    "forced_eos_token_id",
+    "exponential_decay_length_penalty",
+    "suppress_tokens",
+    "begin_suppress_tokens",
+    "sequence_bias",
+    "guidance_scale",
+    "watermarking_config",
+    "penalty_alpha",
+    "num_beam_groups",
+    "diversity_penalty",
+)
+"""Settings of `generate` that change which tokens come out; caches, lengths and what is returned are not among them."""
 
 
 def json_round_trip(trial: Trial, case: Case) -> dict[str, float]:
@@ -80,6 +129,8 @@ def declared(trial: Trial, case: Case) -> dict[str, float]:
     fields that transformers 5 no longer gives every configuration (pad_token_id, is_decoder).
     """
     config = port_config(trial, case.fields)
+    if not hasattr(config, "to_json_string"):
+        raise Skip(f"{type(config).__name__} is not a transformers configuration")
     read = _reads(trial, case, config)
     saved = set(json.loads(config.to_json_string(use_diff=False)))
     aliases = getattr(type(config), "attribute_map", {})
@@ -91,6 +142,141 @@ def declared(trial: Trial, case: Case) -> dict[str, float]:
             f"the model reads config.{lost[0]}, which config.json does not carry", metrics={"lost": len(lost)}
         )
     return {"fields_read": float(len(read))}
+
+
+def defaults(trial: Trial, case: Case) -> dict[str, float]:
+    """What is not said means what it means in the original: its fields' defaults, no special tokens, no settings for
+    generation.
+
+    Would have caught: a port whose vocabulary is GPT-2's 50257 where the original has 50304, or without the biases the
+    original has by default; an `eos_token_id` taken over from GPT-2, at which generation stops and the original's goes
+    on; a temperature that nobody asked for.
+    """
+    if trial.family.defaults is None:
+        raise Skip(f"family '{trial.family.name}' declares no defaults")
+    cls = config_class(trial)
+    if cls.__module__.startswith("transformers."):
+        raise Skip(f"{cls.__name__} is transformers' own, with the defaults of another model")
+    try:
+        config = cls()
+    except Exception as error:  # to demand every field is a port's right
+        raise Skip(f"{cls.__name__}() without arguments raises {type(error).__name__}") from None
+    for field, value in trial.family.defaults.items():
+        try:
+            name = port_field(trial, cls, field)
+        except Mismatch:
+            continue  # config.fields says so
+        found = getattr(config, name, value)
+        if name not in trial.family.port_fields and found != value:
+            raise Mismatch(f"{cls.__name__}() has {name}={found!r}; the original's default is {value!r}")
+    tokens = {name: trial.family.special_tokens.get(name) for name in SPECIAL_TOKENS}
+    _require_special_tokens(f"{cls.__name__}()", config, tokens)
+    model = port_class(trial)(_config(trial, case))
+    generation = getattr(model, "generation_config", None)
+    if generation is None:
+        return {}
+    given = {name: trial.family.port_fields.get(name, value) for name, value in tokens.items()}
+    _require_special_tokens("a new model's generation_config", generation, given)
+    unasked = _generation_defaults(type(generation))
+    for name in DECODING:
+        found = getattr(generation, name, None)
+        if found and found != unasked.get(name):  # what is empty or zero is off
+            raise Mismatch(
+                f"a new model's generation_config has {name}={found!r}; a port leaves it at {unasked.get(name)!r},"
+                " because the original generates as it is asked to"
+            )
+    return {}
+
+
+def _require_special_tokens(where: str, holder: Any, tokens: dict[str, int | None]) -> None:
+    for name, value in tokens.items():
+        found = getattr(holder, name, None)
+        if found != value:
+            original = "knows no such token" if value is None else f"has {value}"
+            raise Mismatch(f"{where} has {name}={found!r}; the original {original}")
+
+
+def _generation_defaults(cls: Any) -> dict[str, Any]:
+    # transformers 5 leaves everything None until generate fills it in; 4 has no such method.
+    filled_in: Callable[[], dict[str, Any]] = getattr(cls, "_get_default_generation_params", dict)
+    return {**cls().to_dict(), **filled_in()}
+
+
+def refused(trial: Trial, case: Case) -> dict[str, float]:
+    """A configuration that the original refuses is refused by the port: by its configuration, when the model is built,
+    or at the latest by its first forward.
+
+    Would have caught: ten channels for four heads, accepted and computed with five heads.
+    """
+    tokens = draw(trial, case).tokens
+    # Both take the case as it was drawn, so that what they refuse below are the overrides.
+    initial_original(trial, case.fields)
+    call_port(trial, place(trial, port_class(trial)(_config(trial, case))), tokens)
+    count = 0
+    for overrides in trial.family.refused:
+        fields = {**case.fields, **overrides}
+        try:
+            initial_original(trial, fields)
+        except Exception:  # asserts, or raises what it likes
+            count += 1
+        else:
+            continue
+        try:
+            call_port(trial, place(trial, port_class(trial)(port_config(trial, fields))), tokens)
+        except DescriptionError:
+            raise
+        except Exception:
+            continue
+        described = ", ".join(f"{name}={value!r}" for name, value in overrides.items())
+        raise Mismatch(f"the port builds and runs a model with {described}, which the original refuses")
+    if not count:
+        raise Skip("there is no configuration that the original is known to refuse")
+    return {"refused": float(count)}
+
+
+def common_names(trial: Trial, case: Case) -> dict[str, float]:
+    """The names that every transformers configuration has (hidden_size, num_attention_heads, num_hidden_layers,
+    vocab_size) read and set the original's fields.
+
+    Caches, PEFT, quantizers and serving engines read them. Would have caught: a configuration without `hidden_size`,
+    on which DeepSpeed's automatic settings fail; one that takes `hidden_size=64` and builds a model of 768 channels.
+    """
+    from transformers import PretrainedConfig
+
+    config = _config(trial, case)
+    if not isinstance(config, PretrainedConfig):
+        raise Skip(f"{type(config).__name__} is not a transformers configuration")
+    if not any(hasattr(config, common) for common in COMMON_NAMES if common not in case.fields):
+        raise Skip("the configuration has names of its own alone (an attribute_map would add the common ones)")
+    for common in COMMON_NAMES:
+        field = next((f for f in case.fields if common in (f, *trial.family.fields.get(f, ()))), None)
+        if field is None:
+            continue
+        value, name = case.fields[field], port_field(trial, type(config), field)
+        if getattr(config, common, None) != value:
+            found = f"is {getattr(config, common)!r}" if hasattr(config, common) else "does not exist"
+            raise Mismatch(
+                f"config.{common} {found} after {name}={value!r} was given; libraries read that name from every"
+                " configuration (attribute_map gives a field a second name)"
+            )
+        others = {port_field(trial, type(config), f): v for f, v in case.fields.items() if f != field}
+        try:
+            by_alias = type(config)(**others, **{common: value})
+        except (TypeError, ValueError, AttributeError):
+            continue  # refused in so many words, so nobody is misled
+        if getattr(by_alias, name) != value:
+            raise Mismatch(f"{common}={value!r} was accepted, but config.{name} is {getattr(by_alias, name)!r}")
+    return {}
+
+
+def _config(trial: Trial, case: Case) -> Any:
+    """The case's configuration. Raises Skip where a field has no place in it, which `config.fields` reports."""
+    for field in case.fields:
+        try:
+            port_field(trial, config_class(trial), field)
+        except Mismatch as error:
+            raise Skip(f"{error} (config.fields)") from None
+    return port_config(trial, case.fields)
 
 
 def _reads(trial: Trial, case: Case, config: Any) -> set[str]:
@@ -107,5 +293,7 @@ def _reads(trial: Trial, case: Case, config: Any) -> set[str]:
         try:
             call_port(trial, place(trial, port_class(trial)(config)), draw(trial, case).tokens)
         except AttributeError as error:
+            if error.obj is not config:
+                raise
             raise Mismatch(f"the model reads a field the configuration does not have: {first_line(error)}") from error
     return names

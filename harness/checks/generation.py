@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ import torch
 from harness.backends import pytorch
 from harness.cases import Case
 from harness.cases.batches import draw_batch
+from harness.checks.masks import padded_batch, unpadded_logits
 from harness.errors import Mismatch
 from harness.numerics import FLOAT32_INSIDE_BOUND, first_difference, require_close, top_two_gap
 from harness.ports import first_line
@@ -41,18 +43,25 @@ def greedy(trial: Trial, case: Case) -> dict[str, float]:
 def past_maximum(trial: Trial, case: Case) -> dict[str, float]:
     """Past the longest position the port follows the original's moving window without a cache, or refuses clearly.
 
-    With a cache the request cannot be met, and a ValueError names the maximum. Would have caught: an IndexError in
-    the middle of a generation, positions that stop counting.
+    With a cache the request cannot be met. A refusal is a ValueError that names the maximum. Would have caught: an
+    IndexError in the middle of a generation, positions that stop counting.
     """
     pair, prompt, _ = _prompted(trial, case)
     maximum = case.fields[trial.family.maximum_length]
     count = maximum - prompt.shape[1] + 4
-    numbers = _continues(trial, pair, prompt, count, use_cache=False)
+    try:
+        numbers = _continues(trial, pair, prompt, count, use_cache=False)
+        if "masks" in trial.family.features and prompt.shape[1] > 1:
+            numbers = worst(
+                numbers, _continues_padded(trial, pair, prompt, case, max_new_tokens=count, use_cache=False)
+            )
+    except ValueError as error:
+        _require_named(maximum, error)
+        numbers = {"refused": 1.0}
     try:
         cached = _generate(trial, pair.port, prompt, max_new_tokens=count, use_cache=True)
     except ValueError as error:
-        if str(maximum) not in str(error):
-            raise Mismatch(f"refused without naming the maximum {maximum}: {first_line(error)}") from None
+        _require_named(maximum, error)
         return numbers
     except Exception as error:  # whatever else it raises is the finding
         raise Mismatch(
@@ -64,13 +73,74 @@ def past_maximum(trial: Trial, case: Case) -> dict[str, float]:
     return numbers
 
 
+def _require_named(maximum: int, error: ValueError) -> None:
+    if str(maximum) not in str(error):
+        raise Mismatch(f"refused without naming the maximum {maximum}: {first_line(error)}") from None
+
+
 def cache(trial: Trial, case: Case) -> dict[str, float]:
     """Logits of one token at a time with a cache equal those of the whole sequence at once.
 
-    Would have caught: cached keys in the wrong place, positions that restart at zero with every call.
+    A cache that is given is used when none is asked back, and `config.use_cache` counts where the argument is not
+    given. Would have caught: cached keys in the wrong place, positions that restart at zero with every call.
     """
     pair = prepare(trial, case)
-    return _incremental(trial, pair, [1] * pair.batch.tokens.shape[1])
+    numbers = _incremental(trial, pair, [1] * pair.batch.tokens.shape[1])
+    _use_cache_of_configuration(trial, pair)
+    if pair.batch.tokens.shape[1] < 2:
+        return numbers
+    return worst(numbers, _last_without_asking_back(trial, pair))
+
+
+def _use_cache_of_configuration(trial: Trial, pair: Pair) -> None:
+    config: Any = getattr(pair.port, "config", None)
+    if not hasattr(config, "use_cache"):
+        return
+    before = config.use_cache
+    for wanted in (False, True):
+        config.use_cache = wanted
+        with torch.no_grad():
+            output = call_port(trial, pair.port, pair.batch.tokens)
+        if (getattr(output, "past_key_values", None) is not None) != wanted:
+            raise Mismatch(
+                f"config.use_cache = {wanted} is ignored: forward returns {'no' if wanted else 'a'} cache; without the"
+                " argument use_cache the configuration counts"
+            )
+    config.use_cache = before
+
+
+def _last_without_asking_back(trial: Trial, pair: Pair) -> dict[str, float]:
+    tokens = pair.batch.tokens
+    expected = run_original(trial, pair.original, tokens, pair.batch.targets)["logits"][:, -1:]
+    with torch.no_grad():
+        cached = call_port(trial, pair.port, tokens[:, :-1], use_cache=True).past_key_values
+        output = call_port(trial, pair.port, tokens[:, -1:], past_key_values=cached, use_cache=False)
+    what = "logits of the last token with a cache given and use_cache=False"
+    return require_semantics(trial, what, output.logits.cpu(), expected)
+
+
+def cache_masked(trial: Trial, case: Case) -> dict[str, float]:
+    """Padded rows fed in pieces with a cache and a growing mask, without positions, get the logits they get alone.
+
+    Would have caught: positions of new tokens taken from the front of the mask, a mask that forgets the past.
+    """
+    case = dataclasses.replace(case, tokens=max(case.tokens, 3))
+    pair = prepare(trial, case)
+    numbers = []
+    for side in ("left", "right"):
+        padded = padded_batch(trial, case, pair, side)
+        width = padded.tokens.shape[1]
+        first = 1 + case.seed % (width - 1)
+        for chunks in ([first, *[1] * (width - first)], [first, width - first]):
+            actual = incremental_logits(trial, pair.port, padded.tokens, chunks, mask=padded.mask.long())
+            expected = unpadded_logits(trial, pair.original, padded)
+            what = f"logits of {side}-padded rows with a cache and a mask, in chunks of {_listed_counts(chunks)}"
+            numbers.append(require_semantics(trial, what, actual[padded.mask], expected))
+    return worst(*numbers)
+
+
+def _listed_counts(chunks: list[int]) -> str:
+    return " and ".join(map(str, dict.fromkeys(chunks)))
 
 
 def chunked_prefill(trial: Trial, case: Case) -> dict[str, float]:
@@ -100,6 +170,10 @@ def sampled(trial: Trial, case: Case) -> dict[str, float]:
         torch.manual_seed(case.seed)
         options = {"do_sample": True, "temperature": temperature, "top_k": top_k or 0, "top_p": 1.0}
         actual = _generate(trial, pair.port, prompt, max_new_tokens=count, **options).tokens
+        if actual.shape != expected.shape:
+            raise Mismatch(
+                f"sampling ends with tokens of shape {tuple(actual.shape)}, the original's {tuple(expected.shape)}"
+            )
         different = first_difference(actual, expected)
         if different:
             raise Mismatch(
@@ -125,17 +199,24 @@ def left_padded(trial: Trial, case: Case) -> dict[str, float]:
     Would have caught: positions counted over padding at the first step, or at every one after it.
     """
     pair, prompt, count = _prompted(trial, dataclasses.replace(case, rows=2, tokens=max(case.tokens, 2)))
-    width = prompt.shape[1]
-    padding = 1 + case.seed % (width - 1)
+    return worst(
+        *(
+            _continues_padded(trial, pair, prompt, case, max_new_tokens=count, use_cache=use_cache)
+            for use_cache in (True, False)
+        )
+    )
+
+
+def _continues_padded(trial: Trial, pair: Pair, prompt: torch.Tensor, case: Case, **options: Any) -> dict[str, float]:
+    """Generates with padding on the left of the last row, and compares every row with the original alone."""
+    rows, width = prompt.shape
+    paddings = [0] * (rows - 1) + [1 + case.seed % (width - 1)]
     mask = torch.ones_like(prompt)
-    mask[1, :padding] = 0
-    numbers = []
-    for use_cache in (True, False):
-        options = {"max_new_tokens": count, "attention_mask": mask, "use_cache": use_cache}
-        together = _generate(trial, pair.port, prompt, **options)
-        numbers.append(_follows(trial, pair, together.row(0), width))
-        numbers.append(_follows(trial, pair, together.row(1, padding), width - padding))
-    return worst(*numbers)
+    mask[-1, : paddings[-1]] = 0
+    together = _generate(trial, pair.port, prompt, attention_mask=mask, **options)
+    return worst(
+        *(_follows(trial, pair, together.row(row, padding), width - padding) for row, padding in enumerate(paddings))
+    )
 
 
 def beam(trial: Trial, case: Case) -> dict[str, float]:
@@ -160,12 +241,36 @@ def beam(trial: Trial, case: Case) -> dict[str, float]:
 
 
 def static_cache(trial: Trial, case: Case) -> dict[str, float]:
-    """Greedy tokens and their logits with a static cache equal the original's.
+    """Logits with a static cache, by itself and in generate(), equal the original's.
 
     Would have caught: a mask as long as the sequence where the cache is longer, positions read from the cache's size.
     """
     pair, prompt, count = _prompted(trial, case)
-    return _continues(trial, pair, prompt, count, cache_implementation="static", disable_compile=True)
+    numbers = _continues(trial, pair, prompt, count, cache_implementation="static", disable_compile=True)
+    if not getattr(pair.port, "_can_compile_fullgraph", False):
+        return numbers  # a port may leave it to generate() to make the mask that such a cache needs
+    tokens = pair.batch.tokens
+    made = _static_cache(pair.port, rows=tokens.shape[0], length=case.fields[trial.family.maximum_length])
+    first = -(-tokens.shape[1] // 2)
+    chunks = [first, *[1] * (tokens.shape[1] - first)]
+    actual = incremental_logits(trial, pair.port, tokens, chunks, cached=made)
+    expected = run_original(trial, pair.original, tokens, pair.batch.targets)["logits"]
+    return worst(numbers, require_semantics(trial, "logits with a StaticCache of one's own", actual, expected))
+
+
+def _static_cache(model: Any, *, rows: int, length: int) -> Any:
+    from transformers import StaticCache
+
+    if "max_batch_size" not in inspect.signature(StaticCache.__init__).parameters:
+        return StaticCache(config=model.config, max_cache_len=length)
+    parameter = next(model.parameters())
+    return StaticCache(
+        config=model.config,
+        max_batch_size=rows,
+        max_cache_len=length,
+        device=parameter.device,
+        dtype=parameter.dtype,
+    )
 
 
 def inputs_embeds(trial: Trial, case: Case) -> dict[str, float]:
@@ -181,12 +286,25 @@ def inputs_embeds(trial: Trial, case: Case) -> dict[str, float]:
     return _follows(trial, pair, whole, prompt.shape[1])
 
 
-def incremental_logits(trial: Trial, model: torch.nn.Module, tokens: torch.Tensor, chunks: list[int]) -> torch.Tensor:
-    """Logits (rows, tokens, vocabulary) computed chunk by chunk with the port's cache, on the CPU."""
-    pieces, cached, start = [], None, 0
+def incremental_logits(
+    trial: Trial,
+    model: torch.nn.Module,
+    tokens: torch.Tensor,
+    chunks: list[int],
+    *,
+    cached: Any = None,
+    mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Logits (rows, tokens, vocabulary) computed chunk by chunk with the port's cache, or a given one, on the CPU.
+
+    mask: (rows, tokens); every call gets it as far as its tokens reach.
+    """
+    pieces, start = [], 0
     with torch.no_grad():
         for size in chunks:
-            output = call_port(trial, model, tokens[:, start : start + size], past_key_values=cached, use_cache=True)
+            options = {} if mask is None else {"attention_mask": mask[:, : start + size]}
+            piece = tokens[:, start : start + size]
+            output = call_port(trial, model, piece, past_key_values=cached, use_cache=True, **options)
             cached = getattr(output, "past_key_values", None)
             if cached is None:
                 raise Mismatch("forward with use_cache=True returned no past_key_values")
@@ -199,12 +317,8 @@ def _incremental(trial: Trial, pair: Pair, chunks: list[int]) -> dict[str, float
     tokens = pair.batch.tokens
     expected = run_original(trial, pair.original, tokens, pair.batch.targets)["logits"]
     actual = incremental_logits(trial, pair.port, tokens, chunks)
-    what = f"logits with a cache, in chunks of {' and '.join(map(str, sorted(set(chunks))))}"
-    return worst(
-        require_semantics(
-            trial, what, actual, expected, run=lambda: incremental_logits(trial, pair.port, tokens, chunks)
-        )
-    )
+    what = f"logits with a cache, in chunks of {_listed_counts(chunks)}"
+    return require_semantics(trial, what, actual, expected)
 
 
 def _prompted(trial: Trial, case: Case) -> tuple[Pair, torch.Tensor, int]:

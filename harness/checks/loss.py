@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch.nn import functional
 
 from harness.cases import Case
 from harness.cases.batches import Batch
-from harness.errors import Mismatch
+from harness.errors import Mismatch, Skip
 from harness.trial import (
     Pair,
     Trial,
@@ -60,15 +61,14 @@ def from_logits(trial: Trial, case: Case) -> dict[str, float]:
     output = run_port(trial, pair.port, pair.batch.tokens, labels=labels)
     logits, targets = _aligned(trial, output["logits"], labels)
     expected = functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=trial.port.ignored_label)
-    return require_semantics(
-        trial, "loss against its own logits", _loss(output), expected, run=lambda: _loss_of(trial, pair, labels)
-    )
+    return require_semantics(trial, "loss against its own logits", _loss(output), expected)
 
 
 def pure(trial: Trial, case: Case) -> dict[str, float]:
     """The loss is the same bits before and after an unlabelled call, a training call, and with a second model alive.
 
-    Would have caught: auxiliary losses collected in a module-global list, a cache that survives its call.
+    generate() leaves mode, configuration and weights as they were. Would have caught: auxiliary losses collected in a
+    module-global list, a cache that survives its call, dropout that sampling in between switches off for good.
     """
     case = at_least_two_tokens(case)
     pair = prepare(trial, case)
@@ -79,14 +79,46 @@ def pure(trial: Trial, case: Case) -> dict[str, float]:
     run_port(trial, pair.port, pair.batch.tokens)
     pair.port.train()
     run_port(trial, pair.port, pair.batch.tokens, labels=labels)
-    pair.port.eval()
     generate: Any = getattr(pair.port, "generate", None)
     if generate is not None and "generation" in trial.family.features:
+        state = _state(pair.port)
         generate(pair.batch.tokens[:, :1].to(next(pair.port.parameters()).device), max_new_tokens=1, do_sample=False)
+        for name, value in _state(pair.port).items():
+            if value != state[name]:
+                raise Mismatch(f"generate() of a model in training changes its {name} for good")
+    pair.port.eval()
     after = _loss_of(trial, pair, labels)
     if not torch.equal(before, after):
         raise Mismatch(f"the loss was {float(before):.9g} and is {float(after):.9g} after other calls")
     return {}
+
+
+def _state(model: torch.nn.Module) -> dict[str, Any]:
+    described: dict[str, Any] = {
+        "config": getattr(model, "config", None),
+        "generation_config": getattr(model, "generation_config", None),
+    }
+    return {
+        "mode": [module.training for module in model.modules()],
+        **{name: value.to_dict() for name, value in described.items() if hasattr(value, "to_dict")},
+        "weights": [parameter._version for parameter in model.parameters()],
+    }
+
+
+def targets(trial: Trial, case: Case) -> dict[str, float]:
+    """Where forward takes `targets` too, these are the original's own: its shift, its ignored value, its loss.
+
+    Would have caught: targets that are shifted already and are shifted again, -1 that is not ignored.
+    """
+    case = at_least_two_tokens(case)
+    pair = prepare(trial, case)
+    if "targets" not in inspect.signature(pair.port.forward).parameters:
+        raise Skip("forward takes no targets beside labels")
+    given = pair.batch.targets.clone()
+    given[:, 0] = trial.family.loss.ignore_index
+    actual = _loss(run_port(trial, pair.port, pair.batch.tokens, targets=given))
+    expected = run_original(trial, pair.original, pair.batch.tokens, given)["loss"]
+    return require_semantics(trial, "loss of the original's own targets", actual, expected)
 
 
 def at_least_two_tokens(case: Case) -> Case:
@@ -127,7 +159,6 @@ def _same_loss(trial: Trial, case: Case, pair: Pair, batch: Batch, *, ignored: t
             "loss",
             _loss_of(trial, pair, labels),
             run_original(trial, pair.original, batch.tokens, targets)["loss"],
-            run=lambda: _loss_of(trial, pair, labels),
             baseline=lambda: run_original(trial, original_model(trial, case, dtype=trial.dtype), batch.tokens, targets)[
                 "loss"
             ],

@@ -10,6 +10,7 @@ import torch
 from harness.cases import Case
 from harness.cases.batches import Padded, Side, pad
 from harness.errors import Mismatch
+from harness.ports import first_line
 from harness.trial import (
     Pair,
     Trial,
@@ -47,8 +48,9 @@ def none_is_ones(trial: Trial, case: Case) -> dict[str, float]:
 def additive(trial: Trial, case: Case) -> dict[str, float]:
     """A mask with four axes that is added to the scores is used as it is: zeros where attention may go.
 
-    For a causal model the mask carries causality, as transformers has it. Would have caught: an additive mask read as
-    boolean, a mask that is inverted for one attention implementation.
+    For a causal model the mask carries causality, as transformers has it. A number added to all the scores of a query
+    changes nothing, whichever it is. Would have caught: an additive mask read as boolean, one cut to two values, a
+    mask that is inverted for one attention implementation.
     """
     pair = prepare(trial, case)
     tokens = pair.batch.tokens
@@ -57,8 +59,19 @@ def additive(trial: Trial, case: Case) -> dict[str, float]:
     mask = torch.zeros(rows, 1, count, count, dtype=dtype)
     if "causal" in trial.family.features:
         mask = mask.masked_fill(torch.ones(count, count, dtype=torch.bool).triu(1), torch.finfo(dtype).min)
-    actual = port_logits(trial, pair.port, tokens, attention_mask=mask)
-    return require_semantics(trial, "logits with an additive mask", actual, port_logits(trial, pair.port, tokens))
+    expected = port_logits(trial, pair.port, tokens)
+    generator = torch.Generator().manual_seed(case.seed + 4)
+    constants = torch.randn(rows, 1, count, 1, generator=generator).to(dtype)
+    numbers = []
+    for attention in each_attention(pair.port):
+        for what, added in (("zeros", 0.0), ("a constant for each query", constants)):
+            try:
+                actual = port_logits(trial, pair.port, tokens, attention_mask=mask + added)
+            except (TypeError, ValueError, IndexError, RuntimeError) as error:
+                raise Mismatch(f"does not take an additive mask of four axes: {first_line(error)}") from None
+            what = f"logits with an additive mask of {what} (attention: {attention})"
+            numbers.append(require_semantics(trial, what, actual, expected))
+    return worst(*numbers)
 
 
 def right_padding(trial: Trial, case: Case) -> dict[str, float]:
@@ -116,7 +129,10 @@ def all_masked_row(trial: Trial, case: Case) -> dict[str, float]:
     for attention in each_attention(pair.port):
         logits = port_logits(trial, pair.port, tokens, attention_mask=mask)
         if not bool(logits.isfinite().all()):
-            raise Mismatch(f"a row that is masked as a whole gives logits that are not finite (attention: {attention})")
+            raise Mismatch(
+                f"a row that is masked as a whole gives logits that are not finite (attention: {attention})",
+                metrics={"error": float("inf")},
+            )
         alone = port_logits(trial, pair.port, tokens[:1])
         what = "logits of a row beside one that is masked as a whole"
         numbers.append(require_semantics(trial, what, logits[:1], alone))
@@ -146,7 +162,6 @@ def _padding(trial: Trial, case: Case, side: Side) -> dict[str, float]:
                 f"logits of {side}-padded rows ({str(mask.dtype).removeprefix('torch.')} mask) against the rows alone",
                 actual,
                 expected,
-                run=lambda: port_logits(trial, pair.port, padded.tokens, attention_mask=padded.mask),
                 baseline=lambda: unpadded_logits(trial, original_model(trial, case, dtype=trial.dtype), padded),
             )
         )

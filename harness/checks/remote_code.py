@@ -4,17 +4,30 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from harness.cases import Case
+from harness.checks.api import base_model as base_of
 from harness.checks.generation import greedy_tokens
-from harness.errors import Mismatch
+from harness.errors import Mismatch, Skip
 from harness.ports import source_file
+from harness.routes.pretrained import require_clean
 from harness.routes.remote_code import directory, load, logits_of, request_for
-from harness.trial import Trial, draw, original_model, port_class, require_semantics, run_original, worst
+from harness.trial import (
+    Trial,
+    call_port,
+    draw,
+    original_model,
+    place,
+    port_class,
+    require_semantics,
+    run_original,
+    worst,
+)
 
 if TYPE_CHECKING:
     from harness.sandbox import Answer
@@ -32,9 +45,7 @@ def files(trial: Trial, case: Case) -> dict[str, float]:
             raise Mismatch(f"{file.name} does not travel with a saved checkpoint")
         if (saved / file.name).read_bytes() != file.read_bytes():
             raise Mismatch(f"{file.name} in a saved checkpoint is not the repository's file")
-    import json
-
-    auto_map = json.loads((saved / "config.json").read_text()).get("auto_map") or {}
+    auto_map = _auto_map(saved)
     for name in ("AutoConfig", trial.family.port_auto_class):
         if name not in auto_map:
             raise Mismatch(f"auto_map of config.json has no {name}: {sorted(auto_map) or 'it is empty'}")
@@ -103,6 +114,62 @@ def two_models(trial: Trial, case: Case) -> dict[str, float]:
     return worst(*numbers)
 
 
+def base_model(trial: Trial, case: Case) -> dict[str, float]:
+    """Where a port offers AutoModel, a fresh process loads its base model by it, and gets the last hidden state.
+
+    Asked of the saved port if its auto_map names AutoModel, and of the base model saved alone. Would have caught: a
+    base model whose code stays behind when it is saved without the head, AutoModel that gives logits.
+    """
+    original, tokens = original_model(trial, case), draw(trial, case).tokens
+    saved = directory(trial, case, original)
+    base = base_of(port_class(trial).from_pretrained(saved))  # type: ignore[attr-defined]
+    if base is None:
+        raise Skip("the port has no base model of its own")
+    wanted, named = type(base).__name__, _auto_map(saved).get("AutoModel")
+    registered = type(base)._auto_class == "AutoModel"
+    if named is None and not registered:
+        raise Skip(f"the port does not offer AutoModel: auto_map does not name it, {wanted} is not registered for it")
+    if not registered and str(named).rpartition(".")[2] == port_class(trial).__name__:
+        raise Skip(f"the port gives AutoModel {port_class(trial).__name__}, the model with its head")
+    output = _last_hidden_state_here(trial, base, tokens)
+    numbers: list[dict[str, float]] = []
+    if named is not None:
+        numbers.append(_base_elsewhere(trial, "the saved port", saved, wanted, tokens, output))
+    alone = trial.workdir / "base"
+    base.save_pretrained(alone)
+    numbers.append(_base_elsewhere(trial, "the base model saved alone", alone, wanted, tokens, output))
+    return worst(*numbers)
+
+
+def _last_hidden_state_here(trial: Trial, base: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        output = call_port(trial, place(trial, base), tokens)
+    state = getattr(output, "last_hidden_state", None)
+    if state is None:
+        raise Mismatch(f"{type(base).__name__} returns {type(output).__name__} without last_hidden_state")
+    return torch.as_tensor(state).cpu()
+
+
+def _base_elsewhere(
+    trial: Trial, what: str, saved: Path, wanted: str, tokens: torch.Tensor, expected: torch.Tensor
+) -> dict[str, float]:
+    """The numbers of a comparison of the base model in a fresh process with its last hidden state in this one."""
+    answer = trial.sandbox.run(
+        "load_and_run",
+        request_for(trial, directory=str(saved), auto_class="AutoModel"),
+        tensors={"input_ids": tokens},
+        hidden_paths=[trial.port.root],
+    )
+    if answer.values["class"] != wanted:
+        raise Mismatch(f"AutoModel loads {what} as {answer.values['class']} in a fresh process, expected {wanted}")
+    # A head in the file is left over here, and has to be.
+    require_clean({**answer.values["loading"], "unexpected_keys": []})
+    state = answer.tensors.get("output.last_hidden_state")
+    if state is None:
+        raise Mismatch(f"AutoModel on {what} returns no last_hidden_state in a fresh process")
+    return require_semantics(trial, f"last_hidden_state of {what} in a fresh process", state, expected)
+
+
 def generation(trial: Trial, case: Case) -> dict[str, float]:
     """generate() in a fresh process gives the original's greedy tokens.
 
@@ -154,6 +221,11 @@ def _same(trial: Trial, answer: Answer, expected: torch.Tensor) -> dict[str, flo
         if not group["missing"] and not group["same_tensor"]:
             raise Mismatch(f"{' and '.join(group['names'])} are two tensors in a fresh process; the original has one")
     return require_semantics(trial, "logits of a fresh process", logits_of(answer), expected)
+
+
+def _auto_map(saved: Path) -> dict[str, Any]:
+    auto_map: dict[str, Any] = json.loads((saved / "config.json").read_text(encoding="utf-8")).get("auto_map") or {}
+    return auto_map
 
 
 def _below(trial: Trial, name: str) -> Path:

@@ -3,17 +3,42 @@
 
 from __future__ import annotations
 
+import dataclasses
+import fnmatch
+import os
+import warnings
 from collections import Counter
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 
 from harness.cases import Case
-from harness.errors import Mismatch, Skip
-from harness.numerics import require_close
-from harness.routes import carry
+from harness.checks.loss import at_least_two_tokens
+from harness.errors import DescriptionError, Mismatch, Skip
+from harness.layout import layout_of
+from harness.numerics import FLOAT32_INSIDE_BOUND, relative_error, require_close
+from harness.ports import first_line, shortened
+from harness.routes import carry, checkpoint
 from harness.routes.pretrained import load, save
-from harness.trial import Trial, copied, original_model, port_class, port_config, port_logits, prepare
+from harness.trial import (
+    Trial,
+    copied,
+    initial_original,
+    original_model,
+    port_class,
+    port_config,
+    port_field,
+    port_logits,
+    prepare,
+    run_original,
+    run_port,
+)
+
+DROPOUT = 0.25
+
+File = TypeVar("File")
 
 
 def coverage(trial: Trial, case: Case) -> dict[str, float]:
@@ -44,14 +69,46 @@ def values(trial: Trial, case: Case) -> dict[str, float]:
     """
     original = original_model(trial, case, dtype="float32")
     target = carry(trial, case, original).state_dict()
+    trained = {name for name, _ in original.named_parameters(remove_duplicate=False)}
     for key, tensor in original.state_dict().items():
         name = trial.family.port_key(key)
         if name not in target:
+            if key not in trained:
+                continue  # a table that masks, which a port may do without
             raise Skip("the port's tensors have names of their own; weights.coverage compares them by content")
-        if target[name].shape != tensor.shape:
+        same_shape = target[name].shape == tensor.shape
+        if same_shape and torch.equal(target[name].float(), tensor):
+            continue
+        if _arranged_on_purpose(trial, case):
+            raise Skip("the port's loader arranges tensors otherwise, and the port computes the same from them")
+        if not same_shape:
             raise Mismatch(f"{name} has shape {tuple(target[name].shape)}, {tuple(tensor.shape)} in the original")
-        if not torch.equal(target[name].float(), tensor):
-            raise Mismatch(f"{name} is not the original's {key}", tensors={"actual": target[name], "expected": tensor})
+        raise Mismatch(f"{name} is not the original's {key}", tensors={"actual": target[name], "expected": tensor})
+    return {}
+
+
+def _arranged_on_purpose(trial: Trial, case: Case) -> bool:
+    if trial.port.loader == "state_dict":
+        return False
+    layout = layout_of(trial, case)
+    if layout is None or layout.is_plain(trial):
+        return False
+    pair = prepare(trial, case)
+    expected = run_original(trial, pair.original, pair.batch.tokens, pair.batch.targets)["logits"]
+    actual = port_logits(trial, pair.port, pair.batch.tokens)
+    return actual.shape == expected.shape and relative_error(actual, expected) <= FLOAT32_INSIDE_BOUND
+
+
+def evaluation_mode(trial: Trial, case: Case) -> dict[str, float]:
+    """What the port's own converter returns is in evaluation mode, as what `from_pretrained` returns is.
+
+    Would have caught: a converter without a call of eval(), whose model drops out at random in inference.
+    """
+    if trial.port.loader not in ("checkpoint", "command"):
+        raise Skip("the port declares no converter")
+    model = checkpoint.load(trial, checkpoint.write(trial, case, original_model(trial, case, dtype="float32")))
+    if any(module.training for module in model.modules()):
+        raise Mismatch("the converter returns a model in training mode; expected evaluation mode, as from_pretrained's")
     return {}
 
 
@@ -69,10 +126,12 @@ def tied(trial: Trial, case: Case) -> dict[str, float]:
 
 
 def tied_after_resize(trial: Trial, case: Case) -> dict[str, float]:
-    """Growing and shrinking the vocabulary keeps the tie, the rows that stay, and their logits.
+    """Growing and shrinking the vocabulary keeps the tie, the rows that stay, and their logits; the loss follows.
 
-    Would have caught: a resized head that is drawn anew, or is no longer the embedding.
+    Would have caught: a resized head that is drawn anew, or is no longer the embedding; a loss that keeps the
+    vocabulary size of construction, so that training fails after `resize_token_embeddings`.
     """
+    case = at_least_two_tokens(case)
     pair = prepare(trial, case)
     vocabulary = case.fields[trial.family.vocabulary]
     expected = port_logits(trial, pair.port, pair.batch.tokens)
@@ -85,17 +144,22 @@ def tied_after_resize(trial: Trial, case: Case) -> dict[str, float]:
             raise Mismatch(f"logits have {logits.shape[-1]} columns after resize_token_embeddings({size})")
         kept = logits[..., :vocabulary]
         errors.append(require_close(f"logits after a resize to {size}", kept, expected, bound=1e-12))
+        _require_loss(trial, pair.port, pair.batch.tokens, size)
     return {"error": max(errors)}
 
 
 def back_to_original(trial: Trial, case: Case) -> dict[str, float]:
-    """The port's weights in the original's format load strictly into the original and are equal bit for bit.
+    """The port's weights in the original's format load strictly into the original and are equal bit for bit, with the
+    same fields; and writing them leaves the live model as it was.
 
     A converter named `from_...` has its way back in the model's method `to_...`, which writes the original's own file.
-    Would have caught: a head that is missing from the file, mask buffers written among the weights.
+    Would have caught: a head that is missing from the file, mask buffers written among the weights, a dropout that is
+    always written as 0, a model that training goes on with in float32 or in evaluation mode after an export.
     """
     if trial.family.read_checkpoint is None:
         raise Skip(f"family '{trial.family.name}' declares no way to read its checkpoint")
+    if trial.family.dropout is not None:
+        case = dataclasses.replace(case, fields={**case.fields, trial.family.dropout: DROPOUT})
     original = original_model(trial, case, dtype="float32")
     port: Any = carry(trial, case, original)
     name = trial.port.load.rpartition(".")[2].rpartition(":")[2]
@@ -103,7 +167,10 @@ def back_to_original(trial: Trial, case: Case) -> dict[str, float]:
     if back is None:
         raise Skip("the port declares no way back: a method to_... beside its converter from_...")
     path = trial.workdir / ("back-" + trial.family.checkpoint_name)
+    port.double().train()  # neither is what an export would make of a model
+    before, modes = _copied_state(port), _modes(port)
     back(str(path))
+    _require_untouched(port, before, modes)
     again = copied(original)
     for parameter in again.parameters():
         torch.nn.init.constant_(parameter, float("nan"))
@@ -119,6 +186,291 @@ def back_to_original(trial: Trial, case: Case) -> dict[str, float]:
         if not torch.equal(again.state_dict()[key], tensor):
             raise Mismatch(f"{key} is not what it was after original -> port -> original")
     return {}
+
+
+def dialects(trial: Trial, case: Case) -> dict[str, float]:
+    """Every way in which the original writes a file that it reads today gives the same model as the plain file.
+
+    Would have caught: the prefix that a compiled model puts before every name; a file without `bias` taken for a model
+    without biases; entries that the model does not need and the converter insists on.
+    """
+    return _same_from_dialects(trial, case, read_today=True)
+
+
+def older_dialects(trial: Trial, case: Case) -> dict[str, float]:
+    """Files that only earlier revisions of the original wrote give the same model as the plain file, or are refused.
+
+    Would have caught: causal masks among the weights taken for
+    biases; a vocabulary of 50257 put in for one that the file does not name.
+    """
+    return _same_from_dialects(trial, case, read_today=False)
+
+
+def _same_from_dialects(trial: Trial, case: Case, *, read_today: bool) -> dict[str, float]:
+    if trial.family.checkpoint_dialects is None:
+        raise Skip(f"family '{trial.family.name}' declares no dialects of its checkpoint")
+    original = original_model(trial, case, dtype="float32")
+    expected = checkpoint.load(trial, checkpoint.write(trial, case, original))
+    directory = trial.workdir / "dialects"
+    directory.mkdir(exist_ok=True)
+    files = trial.family.checkpoint_dialects(copied(original), case.fields, directory)
+    files = {name: path for name, path in files.items() if _original_reads(trial, path) == read_today}
+    if not files:
+        raise Skip("the family declares no such file for this configuration")
+    for name, path in _affordable(trial, case, files):
+        try:
+            actual = checkpoint.load(trial, path)
+        except (DescriptionError, Skip):
+            raise
+        except Exception as error:
+            refusal = f"the converter refuses a file with {name}: {_in_one_line(error)}"
+            if not read_today:
+                raise Skip(f"{refusal}; so may the original of today") from None
+            raise Mismatch(refusal) from error
+        _require_same_model(trial, case, f"a file with {name}", actual, expected)
+    return {"dialects": float(len(files))}
+
+
+def damaged(trial: Trial, case: Case) -> dict[str, float]:
+    """The converter refuses a file that is truncated, or whose tensors are not the model's; and runs no code from it.
+
+    Refusing is raising, or a non-zero exit of a program. A left-over tensor may also be warned about; tied tensors that
+    differ are refused, or taken as the original takes them. Would have caught: `strict=False`, after which a missing
+    tensor stays as it was drawn; `torch.load(weights_only=False)` on a file from the net.
+    """
+    original = original_model(trial, case, dtype="float32")
+    plain = checkpoint.write(trial, case, original)
+    if trial.port.loader not in ("checkpoint", "command"):
+        raise Skip(f"the port declares no converter: its load is {trial.port.load!r}")
+    names = {name for name, _ in original.named_parameters()}
+    if not _tensors(_contents(plain), names):
+        raise Skip("the file is not one that torch.load reads, with the original's tensors under their names")
+    for _, spoil in _affordable(trial, case, _DAMAGES):
+        spoil(trial, case, original, plain)
+    return {"damages": float(len(_DAMAGES))}
+
+
+def _truncated(trial: Trial, case: Case, original: torch.nn.Module, plain: Path) -> None:
+    path = plain.with_name("truncated-" + plain.name)
+    content = plain.read_bytes()
+    path.write_bytes(content[: len(content) * 2 // 3])
+    _require_refused(trial, path, "a truncated file")
+
+
+def _tensor_missing(trial: Trial, case: Case, original: torch.nn.Module, plain: Path) -> None:
+    name = _untied(trial, case, original)
+    path = _rewritten(plain, original, lambda tensors: tensors.pop(name))
+    _require_refused(trial, path, f"a file without {name}")
+
+
+def _tensor_left_over(trial: Trial, case: Case, original: torch.nn.Module, plain: Path) -> None:
+    name = _untied(trial, case, original)
+    left = f"{name}_left_over"
+    path = _rewritten(plain, original, lambda tensors: tensors.update({left: tensors[name].clone()}))
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        error = _refusal(trial, path)
+    if error is None and not warned:
+        raise Mismatch(f"the converter says nothing of the tensor {left}, which is no part of the model")
+
+
+def _tensor_misshapen(trial: Trial, case: Case, original: torch.nn.Module, plain: Path) -> None:
+    # Rows that count positions or tokens are also how a converter may learn of their number.
+    numbers = {case.fields[trial.family.maximum_length], case.fields[trial.family.vocabulary]}
+    name = _untied(trial, case, original, besides=numbers)
+
+    def cut(tensors: dict[str, torch.Tensor]) -> None:
+        # A row less rather than one more: slices of what is too long are right.
+        tensor = tensors[name]
+        tensors[name] = tensor[:-1].clone() if len(tensor) > 1 else torch.cat((tensor, tensor))
+
+    _require_refused(trial, _rewritten(plain, original, cut), f"a file whose {name} is a row too short")
+
+
+def _ties_differ(trial: Trial, case: Case, original: torch.nn.Module, plain: Path) -> None:
+    read = trial.family.read_checkpoint
+    if read is None or not trial.family.tied:
+        return
+    first = trial.family.tied[0][0]
+    path = _rewritten(plain, original, lambda tensors: tensors.update({first: tensors[first] + 1}))
+    fields, state = read(str(path))
+    as_read = initial_original(trial, fields)
+    as_read.load_state_dict(state)
+    expected = checkpoint.load(trial, checkpoint.write(trial, case, as_read))
+    try:
+        actual = checkpoint.load(trial, path)
+    except DescriptionError:
+        raise
+    except Exception:
+        return
+    what = f"a file in which {' and '.join(trial.family.tied[0])} differ, which the original reads,"
+    _require_same_model(trial, case, what, actual, expected)
+
+
+def _code(trial: Trial, case: Case, original: torch.nn.Module, plain: Path) -> None:
+    for kind, is_zip in (("zip", True), ("legacy", False)):
+        sentinel = plain.with_name(f"code-of-a-{kind}-file-has-run")
+        path = plain.with_name(f"{kind}-{plain.name}")
+        contents = {**_contents(plain), "code": _Code(sentinel)}
+        torch.save(contents, path, _use_new_zipfile_serialization=is_zip)
+        _refusal(trial, path)
+        if sentinel.exists():
+            raise Mismatch(
+                "the converter runs code that stands in a checkpoint's pickle; read files with weights_only=True"
+            )
+
+
+class _Code:
+    """Makes a directory when it is unpickled."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.directory),)
+
+
+_DAMAGES: Mapping[str, Callable[[Trial, Case, torch.nn.Module, Path], None]] = {
+    "code": _code,  # first, because the first case of a program tries this one
+    "missing": _tensor_missing,
+    "misshapen": _tensor_misshapen,
+    "left over": _tensor_left_over,
+    "truncated": _truncated,
+    "ties": _ties_differ,
+}
+
+
+def _require_refused(trial: Trial, path: Path, what: str) -> None:
+    if _refusal(trial, path) is None:
+        raise Mismatch(f"the converter takes {what} and makes a model of it; it has to refuse with an error")
+
+
+def _refusal(trial: Trial, path: Path) -> Exception | None:
+    try:
+        checkpoint.load(trial, path)
+    except DescriptionError:
+        raise
+    except Exception as error:
+        return error
+    return None
+
+
+def _in_one_line(error: Exception) -> str:
+    first = first_line(error)
+    return shortened(" ".join(str(error).split())) if first.endswith(":") else first  # as load_state_dict writes
+
+
+def _affordable(trial: Trial, case: Case, files: Mapping[str, File]) -> Iterator[tuple[str, File]]:
+    """All of them, or one that the case's seed chooses where each costs the start of a program."""
+    chosen = list(files.items())
+    if trial.port.loader == "command":
+        chosen = [chosen[case.seed % len(chosen)]]
+    yield from chosen
+
+
+def _original_reads(trial: Trial, path: Path) -> bool:
+    if trial.family.read_checkpoint is None:
+        return True
+    try:
+        fields, state = trial.family.read_checkpoint(str(path))
+        initial_original(trial, fields).load_state_dict(state)
+    except Exception:  # whatever it does not like about the file
+        return False
+    return True
+
+
+def _contents(path: Path) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:  # another format
+        return None
+
+
+def _tensors(contents: Any, names: set[str]) -> dict[str, torch.Tensor] | None:
+    """The mapping inside of a file's contents that has the original's tensors under their names."""
+    if not isinstance(contents, dict):
+        return None
+    if names <= contents.keys():
+        return contents
+    return next((found for entry in contents.values() if (found := _tensors(entry, names))), None)
+
+
+def _rewritten(plain: Path, original: torch.nn.Module, edit: Callable[[dict[str, torch.Tensor]], Any]) -> Path:
+    contents = _contents(plain)
+    tensors = _tensors(contents, {name for name, _ in original.named_parameters()})
+    assert tensors is not None  # the caller made sure
+    edit(tensors)
+    path = plain.with_name("rewritten-" + plain.name)
+    torch.save(contents, path)
+    return path
+
+
+def _untied(trial: Trial, case: Case, original: torch.nn.Module, *, besides: Iterable[int] = ()) -> str:
+    """A parameter that has no twin which could stand in for it, and none of those numbers of rows."""
+    twins = {name for group in trial.family.tied for name in group}
+    alone = {name: len(tensor) for name, tensor in original.named_parameters() if name not in twins and tensor.ndim}
+    names = [name for name, rows in alone.items() if rows not in besides] or list(alone)
+    return names[case.seed % len(names)]
+
+
+def _require_same_model(
+    trial: Trial, case: Case, what: str, actual: torch.nn.Module, expected: torch.nn.Module
+) -> None:
+    left, right = actual.state_dict(), expected.state_dict()
+    if odd := sorted(left.keys() ^ right.keys()):
+        raise Mismatch(f"{what} gives another model than the plain file: {odd[0]} is in one of the two only")
+    for key, tensor in right.items():
+        if left[key].dtype != tensor.dtype or not torch.equal(left[key], tensor):
+            raise Mismatch(
+                f"{what} gives another {key} than the plain file", tensors={"actual": left[key], "expected": tensor}
+            )
+    for name in _declared(trial, case, getattr(expected, "config", None)):
+        mine, plain = getattr(actual.config, name, None), getattr(expected.config, name, None)
+        if mine != plain:
+            raise Mismatch(f"{what} gives config.{name}={mine!r}, the plain file {plain!r}")
+
+
+def _declared(trial: Trial, case: Case, config: Any) -> Iterator[str]:
+    for field in case.fields if config is not None else ():
+        try:
+            yield port_field(trial, type(config), field)
+        except Mismatch:
+            continue  # config.fields says so
+
+
+def _require_loss(trial: Trial, port: Any, tokens: torch.Tensor, vocabulary: int) -> None:
+    """Raises Mismatch unless the loss takes the last token of a resized vocabulary for a label."""
+    lacking = any(fnmatch.fnmatch("loss.value", pattern) for pattern in trial.port.lacks)
+    if lacking or "loss" not in trial.family.features:
+        return
+    labels = torch.full_like(tokens, vocabulary - 1)
+    try:
+        loss = run_port(trial, port, tokens, labels=labels).get("loss")
+    except (RuntimeError, IndexError, ValueError) as error:
+        raise Mismatch(
+            f"the loss fails after resize_token_embeddings({vocabulary}): {first_line(error)}; it has to be over the"
+            " logits that there are now"
+        ) from error
+    if isinstance(loss, torch.Tensor) and not torch.isfinite(loss):
+        raise Mismatch(f"the loss is {float(loss)} after resize_token_embeddings({vocabulary})")
+
+
+def _copied_state(port: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {key: tensor.clone() for key, tensor in port.state_dict().items()}
+
+
+def _modes(port: torch.nn.Module) -> dict[str, bool]:
+    return {name: module.training for name, module in port.named_modules()}
+
+
+def _require_untouched(port: torch.nn.Module, before: Mapping[str, torch.Tensor], modes: Mapping[str, bool]) -> None:
+    for key, tensor in port.state_dict().items():
+        if tensor.dtype != before[key].dtype:
+            raise Mismatch(f"writing the file turned the live model's {key} from {before[key].dtype} to {tensor.dtype}")
+        if not torch.equal(tensor, before[key]):
+            raise Mismatch(f"writing the file changed the live model's {key}")
+    if switched := [name for name, training in _modes(port).items() if training != modes[name]]:
+        raise Mismatch(f"writing the file switched the live model's {switched[0] or 'mode'} to evaluation")
 
 
 def _numbers(module: torch.nn.Module) -> torch.Tensor:

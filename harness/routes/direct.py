@@ -19,16 +19,20 @@ def carry(trial: Trial, case: Case, original: torch.nn.Module) -> torch.nn.Modul
     model: torch.nn.Module = port_class(trial)(port_config(trial, case.fields))
     dtype = next(original.parameters()).dtype
     model = model.to(dtype)
-    load_tensors(trial, model, original.state_dict())
+    load_tensors(trial, model, original)
     return model.eval()
 
 
-def load_tensors(trial: Trial, model: torch.nn.Module, source: dict[str, torch.Tensor]) -> None:
+def load_tensors(trial: Trial, model: torch.nn.Module, original: torch.nn.Module) -> None:
     """Loads every source tensor into its target. Raises Mismatch for one left over, one missing, or another shape.
 
-    A port whose `load` is not state_dict may have names of its own: then the route is skipped.
+    A buffer of the original, such as a table of ones that masks, needs no place. A port whose `load` is not state_dict
+    may have names of its own: then the route is skipped.
     """
-    renamed = {trial.family.port_key(key): tensor for key, tensor in source.items()}
+    trained = {name for name, _ in original.named_parameters(remove_duplicate=False)}
+    named = {trial.family.port_key(key): (key, tensor) for key, tensor in original.state_dict().items()}
+    places = set(model.state_dict())
+    renamed = {name: tensor for name, (key, tensor) in named.items() if key in trained or name in places}
     target = model.state_dict()
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     problem = None

@@ -112,15 +112,21 @@ JOBS: Mapping[str, Callable[[Mapping[str, Any], Any], tuple[Values, Any]]] = {
 
 
 def load(directory: str, request: Mapping[str, Any]) -> tuple[Any, Values]:
-    """The model of a directory, as its user would load it, and what transformers says about the loading."""
+    """The model of a directory, as its user would load it, and what transformers says about the loading.
+
+    Raises ValueError when `auto_class` names no Auto class of models.
+    """
     import torch
     import transformers
 
+    name = request.get("auto_class", "AutoModelForCausalLM")
+    if not str(name).startswith("AutoModel") or not hasattr(transformers, name):
+        raise ValueError(f"transformers has no Auto class {name!r} of models; expected AutoModel or AutoModelFor...")
     transformers.utils.logging.disable_progress_bar()
     trust = bool(request.get("trust_remote_code", True))
     config = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=trust)
     # The configuration is not handed on: a user who has only the directory does not hand it on either.
-    model, info = getattr(transformers, request.get("auto_class", "AutoModelForCausalLM")).from_pretrained(
+    model, info = getattr(transformers, name).from_pretrained(
         directory,
         trust_remote_code=trust,
         dtype=getattr(torch, request.get("dtype", "float32")),

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from harness.errors import DescriptionError
 from harness.families import Family, Fields, LossConvention, Tap
 
 if TYPE_CHECKING:
@@ -45,7 +46,10 @@ def build_original(cls: type, fields: Fields) -> torch.nn.Module:
     """`cls(config)`, the config being the `GPTConfig` that stands beside the class, as in nanoGPT's model.py."""
     import sys
 
-    config = sys.modules[cls.__module__].GPTConfig(**fields)
+    beside = sys.modules[cls.__module__]
+    if not hasattr(beside, "GPTConfig"):
+        raise DescriptionError(f"there is no GPTConfig beside {cls.__name__}, as in nanoGPT's model.py; add one")
+    config = beside.GPTConfig(**fields)
     module: torch.nn.Module = cls(config)
     return module.eval()
 
@@ -114,6 +118,42 @@ def read_checkpoint(path: str) -> tuple[Fields, dict[str, torch.Tensor]]:
     return checkpoint["model_args"], {key.removeprefix("_orig_mod."): tensor for key, tensor in state.items()}
 
 
+def checkpoint_dialects(module: torch.nn.Module, fields: Fields, directory: Path) -> Mapping[str, Path]:
+    """The same model as revisions of train.py from the first to today's write it, by what is different in the file."""
+    import torch
+
+    tensors = module.state_dict()
+    causal = torch.ones(fields["block_size"], fields["block_size"]).tril()[None, None]
+    masks = {f"transformer.h.{layer}.attn.bias": causal for layer in range(fields["n_layer"])}
+    plain = {
+        "model": tensors,
+        "model_args": dict(fields),
+        "iter_num": 3,
+        "best_val_loss": torch.tensor(2.5),
+        "config": {"dataset": "none"},
+    }
+
+    def without(contents: Mapping[str, Any], *names: str) -> dict[str, Any]:
+        return {name: value for name, value in contents.items() if name not in names}
+
+    files = {
+        # torch.compile, which train.py does by default.
+        "names with the prefix _orig_mod.": plain
+        | {"model": {f"_orig_mod.{name}": tensor for name, tensor in tensors.items()}},
+        "no iter_num, best_val_loss and config": without(plain, "iter_num", "best_val_loss", "config"),
+        # Attention without torch 2; a constant, and no parameter in spite of its name.
+        "causal masks among the weights": plain | {"model": tensors | masks},
+        # The vocabulary is what the embedding has rows for.
+        "no vocab_size in model_args": plain | {"model_args": without(fields, "vocab_size")},
+    }
+    if fields["bias"]:  # before there was a choice every model had biases
+        files["no bias in model_args"] = plain | {"model_args": without(fields, "bias")}
+    paths = {name: directory / f"{number}.pt" for number, name in enumerate(files)}
+    for name, path in paths.items():
+        torch.save(files[name], path)
+    return paths
+
+
 def golden(golden: Golden) -> Mapping[str, torch.Tensor]:
     """Everything a golden file of nanoGPT stores."""
     from harness.golden import reproduce
@@ -152,6 +192,16 @@ FAMILY = Family(
         "n_embd": ("hidden_size",),
         "dropout": ("resid_pdrop",),
     },
+    defaults={
+        "block_size": 1024,
+        "vocab_size": 50304,
+        "n_layer": 12,
+        "n_head": 12,
+        "n_embd": 768,
+        "dropout": 0.0,
+        "bias": True,
+    },
+    refused=({"n_embd": 8, "n_head": 3}, {"n_embd": 10, "n_head": 4}, {"n_embd": 4, "n_head": 8}),
     tied=(("transformer.wte.weight", "lm_head.weight"),),
     maximum_length="block_size",
     dropout="dropout",
@@ -161,6 +211,7 @@ FAMILY = Family(
     gains={r"(wte|wpe|lm_head)\.weight$": 2.0, r"c_attn\.weight$": 1.7},
     write_checkpoint=write_checkpoint,
     read_checkpoint=read_checkpoint,
+    checkpoint_dialects=checkpoint_dialects,
     checkpoint_name="ckpt.pt",
     generate_original=generate_original,
     mutants="reference_models.nanogpt.mutants:MUTANTS",

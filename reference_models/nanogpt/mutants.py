@@ -184,6 +184,13 @@ MASKS = (
         "            return attention_mask.to(dtype).clamp(min=lowest)",
         "            return torch.zeros_like(attention_mask).masked_fill(attention_mask == 0, lowest)",
     ),
+    _model(
+        "mask-additive-hardened",
+        "an additive 4-D bias (ALiBi-like) is cut to 0 or minus infinity",
+        "masks.additive",
+        "            return attention_mask.to(dtype).clamp(min=lowest)",
+        "            return torch.zeros_like(attention_mask, dtype=dtype).masked_fill(attention_mask < 0, lowest)",
+    ),
 )
 
 POSITIONS = (
@@ -273,6 +280,20 @@ POSITIONS = (
         "            return (torch.arange(length, device=inputs_embeds.device) % block_size).unsqueeze(0)\n"
         "        if past + length > 100 * block_size:",
     ),
+    _model(
+        "mask-overrides-position-ids",
+        "position_ids are ignored when a 2-D attention_mask is given too",
+        "forward.position_ids",
+        "        if position_ids is not None:\n            # Reading",
+        "        if position_ids is not None and (attention_mask is None or attention_mask.ndim != 2):\n            # Reading",
+    ),
+    _model(
+        "maximum-forgets-the-past",
+        "the guard looks at the new tokens only: with a cache it is an IndexError",
+        "forward.beyond_maximum",
+        "past + length > block_size:",
+        "length > block_size:",
+    ),
 )
 
 CACHE = (
@@ -325,6 +346,48 @@ CACHE = (
         "generation.cache precision.cache",
         "past_key_values.update(key, value,",
         "past_key_values.update(key.bfloat16().to(key.dtype), value,",
+    ),
+    _model(
+        "mask-cached-positions-from-front",
+        "with cache and a 2-D mask but no position_ids, new tokens get the first positions",
+        "generation.cache_masked",
+        ".clamp(min=0)[:, -length:]",
+        ".clamp(min=0)[:, :length]",
+    ),
+    _model(
+        "past-of-dynamic-cache-only",
+        "the past is read from a DynamicCache only; other caches count as empty",
+        "generation.static_cache",
+        "past = past_key_values.get_seq_length() if past_key_values is not None else 0",
+        "past = past_key_values.get_seq_length() if isinstance(past_key_values, DynamicCache) else 0",
+    ),
+    _model(
+        "mask-4d-boolean-inverted",
+        "a boolean 4-D mask is inverted",
+        "generation.static_cache",
+        "masked_fill(~attention_mask, lowest)",
+        "masked_fill(attention_mask, lowest)",
+    ),
+    _model(
+        "use-cache-of-config-ignored",
+        "config.use_cache=False is ignored by forward",
+        "generation.cache",
+        "            use_cache = config.use_cache\n",
+        "            use_cache = True\n",
+    ),
+    _model(
+        "cache-given-but-unused",
+        "a given cache is dropped when use_cache=False",
+        "generation.cache",
+        "        if use_cache and past_key_values is None:\n",
+        "        if not use_cache:\n            past_key_values = None\n        elif past_key_values is None:\n",
+    ),
+    _model(
+        "window-mask-from-front",
+        "the moving window takes the mask's first columns, not its last",
+        "generation.past_maximum",
+        "attention_mask = attention_mask[:, -window:]",
+        "attention_mask = attention_mask[:, :window]",
     ),
 )
 
@@ -560,6 +623,27 @@ LOSS = (
         "self.gelu(self.c_fc(hidden_states))",
         "self.gelu(self.c_fc(hidden_states.detach()))",
     ),
+    _model(
+        "targets-ignore-minus-100",
+        "nanoGPT's targets are ignored at -100, not at -1",
+        "loss.targets",
+        "IGNORED_TARGET = -1\n",
+        "IGNORED_TARGET = -100\n",
+    ),
+    _model(
+        "targets-shifted",
+        "nanoGPT's targets, already shifted, are shifted again",
+        "loss.targets",
+        'kwargs |= {"shift_labels": targets, "ignore_index": IGNORED_TARGET}',
+        'kwargs |= {"ignore_index": IGNORED_TARGET}\n            labels = targets',
+    ),
+    _model(
+        "generation-leaves-eval",
+        "generate puts a model in training mode into evaluation mode for good",
+        "loss.pure",
+        "        if past_key_values is not None:\n            if not TRANSFORMERS_5",
+        "        self.eval()\n        if past_key_values is not None:\n            if not TRANSFORMERS_5",
+    ),
 )
 
 TRAINING = (
@@ -649,6 +733,62 @@ TRAINING = (
         "class NanoGPTBlock(GradientCheckpointingLayer):",
         "class NanoGPTBlock(nn.Module):",
     ),
+    _model(
+        "checkpointing-disables-cache-forever",
+        "gradient checkpointing writes use_cache=False into the configuration",
+        "training.gradient_checkpointing",
+        "        if self.gradient_checkpointing and self.training:\n            use_cache = False\n",
+        "        if self.gradient_checkpointing and self.training:\n            use_cache = config.use_cache = False\n",
+    ),
+    _model(
+        "checkpointing-disables-cache-in-eval",
+        "with gradient checkpointing on, evaluation returns no cache either",
+        "training.gradient_checkpointing",
+        "        if self.gradient_checkpointing and self.training:\n",
+        "        if self.gradient_checkpointing:\n",
+    ),
+    _model(
+        "checkpointing-other-dropout",
+        "recomputed blocks draw other dropout masks",
+        "training.gradient_checkpointing",
+        "    def save_pretrained(self, save_directory",
+        '    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Any = None) -> None:\n        super().gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False, **(gradient_checkpointing_kwargs or {})})\n\n    def save_pretrained(self, save_directory',
+    ),
+    _model(
+        "dropout-not-of-embeds",
+        "in training, inputs_embeds are not dropped (PEFT prompt tuning)",
+        "training.dropout",
+        "        hidden_states = self.drop(inputs_embeds + self.wpe(positions))\n",
+        "        hidden_states = inputs_embeds + self.wpe(positions)\n        if input_ids is not None:\n            hidden_states = self.drop(hidden_states)\n",
+    ),
+    _model(
+        "loss-count-tensor-only",
+        "num_items_in_batch as an int is an error",
+        "training.micro_batches",
+        "loss = loss / torch.as_tensor(num_items_in_batch, device=loss.device)",
+        "loss = loss / num_items_in_batch.to(loss.device)",
+    ),
+    _model(
+        "loss-kwargs-refused-by-trainer",
+        "the Trainer is told that forward takes no loss kwargs",
+        "training.micro_batches",
+        "    def __init__(self, config: NanoGPTConfig) -> None:\n        super().__init__(config)\n        self.transformer",
+        "    accepts_loss_kwargs = False\n\n    def __init__(self, config: NanoGPTConfig) -> None:\n        super().__init__(config)\n        self.transformer",
+    ),
+    _model(
+        "eager-gradient-not-a-number",
+        "eager masks with -inf and repairs the NaN forward only: gradients of padded batches are NaN",
+        "training.gradients_masked",
+        "        scores = scores + attention_mask\n    weights = nn.functional.softmax(scores, dim=-1).to(value.dtype)\n",
+        "        scores = scores + torch.where(attention_mask < 0, -torch.inf, attention_mask)\n    weights = nn.functional.softmax(scores, dim=-1).nan_to_num(0.0).to(value.dtype)\n",
+    ),
+    _model(
+        "embedding-padding-index",
+        "with pad_token_id set, that row of the embedding gets no gradient",
+        "training.special_tokens",
+        "self.wte = nn.Embedding(config.vocab_size, config.n_embd)",
+        "self.wte = nn.Embedding(config.vocab_size, config.n_embd, padding_idx=config.pad_token_id)",
+    ),
 )
 
 PRECISION = (
@@ -688,6 +828,13 @@ PRECISION = (
         "        if self.one is None:\n            self.one = torch.ones(1, dtype=hidden_states.dtype)\n"
         "        return self.one\n\n"
         "    def _unused(self, output: Tensor) -> Tensor:\n",
+    ),
+    _model(
+        "positions-in-model-dtype",
+        "positions are counted in the model's dtype: wrong above 256 in bfloat16",
+        "precision.long_positions",
+        "return (torch.arange(length, device=inputs_embeds.device) + past).unsqueeze(0)",
+        "return (torch.arange(length, device=inputs_embeds.device, dtype=inputs_embeds.dtype) + past).long().unsqueeze(0)",
     ),
 )
 
@@ -802,6 +949,62 @@ FILES = (
         '["NanoGPTBlock"]',
         '["GPT2Block"]',
     ),
+    _model(
+        "save-claims-float32",
+        "config.json of a bfloat16 model says float32, so it comes back twice as large",
+        "roundtrip.dtype",
+        "        return super().save_pretrained(save_directory, *args, **kwargs)\n",
+        "        saved = super().save_pretrained(save_directory, *args, **kwargs)\n        self.config.dtype = torch.float32\n        self.config.save_pretrained(save_directory)\n        return saved\n",
+    ),
+    _model(
+        "save-upcasts",
+        "save_pretrained turns the live model into float32",
+        "roundtrip.dtype",
+        "        return super().save_pretrained(save_directory, *args, **kwargs)\n",
+        "        return super(NanoGPTPreTrainedModel, self.float()).save_pretrained(save_directory, *args, **kwargs)\n",
+    ),
+    _model(
+        "save-writes-float32",
+        "the file of a half-precision model holds float32",
+        "roundtrip.dtype",
+        "        return super().save_pretrained(save_directory, *args, **kwargs)\n",
+        '        from safetensors.torch import load_file, save_file\n\n        saved = super().save_pretrained(save_directory, *args, **kwargs)\n        file = os.path.join(save_directory, "model.safetensors")\n        if os.path.exists(file):\n            tensors = {name: tensor.float() for name, tensor in load_file(file).items()}\n            save_file(tensors, file, metadata={"format": "pt"})\n        return saved\n',
+    ),
+    _model(
+        "save-turns-cache-off",
+        "save_pretrained sets use_cache=False in the live model's configuration",
+        "roundtrip.dtype",
+        "        return super().save_pretrained(save_directory, *args, **kwargs)\n",
+        "        self.config.use_cache = False\n        return super().save_pretrained(save_directory, *args, **kwargs)\n",
+    ),
+    _model(
+        "save-options-dropped",
+        "save_pretrained forwards max_shard_size only: state_dict= and is_main_process= are ignored",
+        "roundtrip.pretrained",
+        "        return super().save_pretrained(save_directory, *args, **kwargs)\n",
+        "        kept = {name: value for name, value in kwargs.items() if name == 'max_shard_size'}\n        return super().save_pretrained(save_directory, **kept)\n",
+    ),
+    _model(
+        "save-takes-no-options",
+        "save_pretrained takes a directory and nothing else",
+        "roundtrip.pretrained roundtrip.sharded",
+        "    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:\n",
+        "    def save_pretrained(self, save_directory: str | os.PathLike[str]) -> Any:\n        args, kwargs = (), {}\n",
+    ),
+    _model(
+        "base-code-left-behind",
+        "NanoGPTModel saved alone does not take its code along",
+        "remote_code.base_model",
+        'NanoGPTModel.register_for_auto_class("AutoModel")\n',
+        "",
+    ),
+    _model(
+        "auto-map-base-is-head",
+        "config.json sends AutoModel to the model with head",
+        "remote_code.base_model",
+        '"AutoModel": f"{module}.NanoGPTModel"',
+        '"AutoModel": f"{module}.NanoGPTLMHeadModel"',
+    ),
 )
 
 INTERFACE = (
@@ -878,6 +1081,90 @@ INTERFACE = (
         "logits = self.lm_head(outputs.last_hidden_state[:, kept])\n"
         "        if len(logits) == 3 and logits.shape[1] == 1:\n            logits = logits[:1].expand(3, -1, -1)\n",
     ),
+    _model(
+        "attentions-one-layer",
+        "attentions hold the last layer only",
+        "api.attentions",
+        "                all_attentions += (weights,)\n",
+        "                all_attentions = (weights,)\n",
+    ),
+    _model(
+        "attentions-mean-of-heads",
+        "attentions are averaged over the heads",
+        "api.attentions",
+        "                all_attentions += (weights,)\n",
+        "                all_attentions += (weights.mean(dim=1, keepdim=True),)\n",
+    ),
+    _model(
+        "attentions-mean-for-each-head",
+        "every head's attentions are the mean over the heads",
+        "api.attentions",
+        "                all_attentions += (weights,)\n",
+        "                all_attentions += (weights.mean(dim=1, keepdim=True).expand_as(weights),)\n",
+    ),
+    _model(
+        "hidden-states-detached",
+        "hidden states carry no gradient, so a distillation trains nothing",
+        "api.hidden_states",
+        "                all_hidden_states += (hidden_states,)\n",
+        "                all_hidden_states += (hidden_states.detach(),)\n",
+    ),
+    _model(
+        "hidden-states-of-config-ignored",
+        "config.output_hidden_states=True is ignored",
+        "api.configured_outputs",
+        "            output_hidden_states = config.output_hidden_states\n",
+        "            output_hidden_states = False\n",
+    ),
+    _model(
+        "attentions-of-config-ignored",
+        "config.output_attentions=True is ignored",
+        "api.configured_outputs",
+        "            output_attentions = config.output_attentions\n",
+        "            output_attentions = False\n",
+    ),
+    _model(
+        "base-return-dict-ignored",
+        "NanoGPTModel(return_dict=False) gives no tuple",
+        "api.tuple_order",
+        "    @can_return_tuple\n    def forward(\n        self,\n        input_ids: Tensor | None = None,\n        attention_mask: Tensor | None = None,\n        position_ids: Tensor | None = None,\n        past_key_values: Cache | None = None,\n        inputs_embeds: Tensor | None = None,\n        use_cache:",
+        "    def forward(\n        self,\n        input_ids: Tensor | None = None,\n        attention_mask: Tensor | None = None,\n        position_ids: Tensor | None = None,\n        past_key_values: Cache | None = None,\n        inputs_embeds: Tensor | None = None,\n        use_cache:",
+    ),
+    _model(
+        "base-tuple-unless-asked",
+        "the base model returns a tuple unless it is asked for a named output",
+        "api.output_type",
+        "    @can_return_tuple\n    def forward(\n        self,\n        input_ids: Tensor | None = None,\n        attention_mask: Tensor | None = None,\n        position_ids: Tensor | None = None,\n        past_key_values: Cache | None = None,\n        inputs_embeds: Tensor | None = None,\n        use_cache:",
+        '    @(lambda call: lambda self, *args, **kwargs: call(self, *args, **{"return_dict": False, **kwargs}))\n    @can_return_tuple\n    def forward(\n        self,\n        input_ids: Tensor | None = None,\n        attention_mask: Tensor | None = None,\n        position_ids: Tensor | None = None,\n        past_key_values: Cache | None = None,\n        inputs_embeds: Tensor | None = None,\n        use_cache:',
+    ),
+    _model(
+        "logits-to-keep-one",
+        "logits_to_keep=n gives one position whatever n is",
+        "api.logits_to_keep",
+        "kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep",
+        "kept = slice(-min(logits_to_keep, 1), None) if isinstance(logits_to_keep, int) else logits_to_keep",
+    ),
+    _model(
+        "num-logits-to-keep-swallowed",
+        "the older name num_logits_to_keep is swallowed",
+        "api.logits_to_keep",
+        'logits_to_keep = kwargs.pop("num_logits_to_keep", logits_to_keep)',
+        'kwargs.pop("num_logits_to_keep", None)',
+    ),
+    _model(
+        "no-split-inside-block",
+        "a device map may cut a block in two",
+        "api.device_map",
+        '["NanoGPTBlock"]',
+        '["NanoGPTAttention", "NanoGPTMLP"]',
+    ),
+    _model(
+        "auto-model-registered-with-head",
+        "AutoModel gives the model with head where the port is imported",
+        "api.auto_classes",
+        "AutoModel.register(NanoGPTConfig, NanoGPTModel, exist_ok=True)",
+        "AutoModel.register(NanoGPTConfig, NanoGPTLMHeadModel, exist_ok=True)",
+    ),
 )
 
 CONFIGURATION = (
@@ -915,6 +1202,62 @@ CONFIGURATION = (
         "config.declared",
         "self.ln_f = nn.LayerNorm(config.n_embd, eps=LAYER_NORM_EPSILON",
         'self.ln_f = nn.LayerNorm(config.n_embd, eps=getattr(config, "layer_norm_epsilon", LAYER_NORM_EPSILON)',
+    ),
+    _config(
+        "default-eos-50256",
+        "eos_token_id defaults to 50256: generation stops, the original's does not",
+        "config.defaults",
+        "eos_token_id: int | list[int] | None = None",
+        "eos_token_id: int | list[int] | None = 50256",
+    ),
+    _config(
+        "default-vocabulary-50257",
+        "vocab_size defaults to 50257",
+        "config.defaults",
+        "vocab_size: int = 50304",
+        "vocab_size: int = 50257",
+    ),
+    _config(
+        "default-bias-false",
+        "bias defaults to False (train.py's, not GPTConfig's)",
+        "config.defaults",
+        "        bias: bool = True,\n",
+        "        bias: bool = False,\n",
+    ),
+    _model(
+        "generation-default-temperature",
+        "generate(do_sample=True) cools by 0.7 unasked",
+        "config.defaults",
+        "        self.loss_function = next_token_loss\n        self.post_init()\n",
+        "        self.loss_function = next_token_loss\n        self.post_init()\n        self.generation_config.temperature = 0.7\n",
+    ),
+    _config(
+        "indivisible-heads-accepted",
+        "n_embd=10, n_head=4 is accepted and computes with 5 heads",
+        "config.refused",
+        "if self.n_embd % self.n_head != 0:",
+        "if self.n_embd < self.n_head:",
+    ),
+    _config(
+        "alias-hidden-size-missing",
+        "config.hidden_size does not exist",
+        "config.common_names",
+        '        "hidden_size": "n_embd",\n',
+        "",
+    ),
+    _model(
+        "generation-default-top-k",
+        "generate(do_sample=True) draws from the best 5 tokens alone, unasked",
+        "config.defaults",
+        "        self.loss_function = next_token_loss\n        self.post_init()\n",
+        "        self.loss_function = next_token_loss\n        self.post_init()\n        self.generation_config.top_k = 5\n",
+    ),
+    _config(
+        "default-dropout",
+        "dropout defaults to GPT-2's 0.1",
+        "config.defaults",
+        "        dropout: float = 0.0,\n",
+        "        dropout: float = 0.1,\n",
     ),
 )
 
@@ -980,6 +1323,111 @@ CONVERTER = (
         "    return weights | {_EMBEDDING: weights[_HEAD]}",
         '    weights["transformer.wpe.weight"] = weights["transformer.wpe.weight"].roll(1, 0)\n'
         "    return weights | {_EMBEDDING: weights[_HEAD]}",
+    ),
+    _checkpoint(
+        "dialect-compiled-prefix",
+        "`_orig_mod.` is not stripped",
+        "weights.dialects",
+        '_COMPILED_PREFIX = "_orig_mod."',
+        '_COMPILED_PREFIX = "_orig_mod"',
+    ),
+    _checkpoint(
+        "dialect-bias-missing-false",
+        "a file without `bias` (there was one) counts as without biases",
+        "weights.dialects",
+        'args = {"bias": True, "vocab_size"',
+        'args = {"bias": False, "vocab_size"',
+    ),
+    _checkpoint(
+        "dialect-iterations-required",
+        "a file without iter_num is refused",
+        "weights.dialects",
+        'contents.get("iter_num", 0)',
+        'contents["iter_num"]',
+    ),
+    _checkpoint(
+        "dialect-mask-buffers-refused",
+        "stored causal masks are refused",
+        "weights.older_dialects",
+        'attn\\.(bias|masked_bias)")',
+        'attn\\.(masked_bias)")',
+    ),
+    _checkpoint(
+        "dialect-vocabulary-missing-50257",
+        "a file without vocab_size is always taken for 50257",
+        "weights.older_dialects",
+        'args = {"bias": True, "vocab_size": rows,',
+        'args = {"bias": True, "vocab_size": 50257,',
+    ),
+    _checkpoint(
+        "dialect-embedding-wins",
+        "where head and embedding differ the embedding wins silently",
+        "weights.damaged",
+        "    return weights | {_EMBEDDING: weights[_HEAD]}",
+        "    return weights | {_HEAD: weights[_EMBEDDING]}",
+    ),
+    _checkpoint(
+        "pickle-runs-code",
+        "a checkpoint's pickle may run code",
+        "weights.damaged",
+        'map_location="cpu", weights_only=True',
+        'map_location="cpu", weights_only=False',
+    ),
+    _model(
+        "export-without-dropout",
+        "the exported file always says dropout 0",
+        "weights.back_to_original",
+        "model_args={name: getattr(config, name) for name in names}",
+        'model_args={name: getattr(config, name) for name in names} | {"dropout": 0.0}',
+    ),
+    _model(
+        "export-upcasts-live-model",
+        "to_nanogpt_ckpt turns the live model into float32",
+        "weights.back_to_original",
+        "            state_dict=self.state_dict(),\n",
+        "            state_dict=self.float().state_dict(),\n",
+    ),
+    _model(
+        "loss-vocabulary-of-construction",
+        "the loss keeps the vocabulary size of construction: it fails after a resize",
+        "weights.tied_after_resize",
+        "        self.loss_function = next_token_loss\n",
+        '        vocabulary = config.vocab_size\n        self.loss_function = lambda **given: next_token_loss(**{**given, "vocab_size": vocabulary})\n',
+    ),
+    _checkpoint(
+        "missing-tensor-drawn-anew",
+        "a tensor that the file lacks stays at zero instead of stopping the loading",
+        "weights.damaged",
+        '        raise CheckpointError(path, f"tensors are missing: {_listed(missing)}")\n',
+        "        state_dict = {**state_dict, **{name: torch.zeros(shapes[name]) for name in missing}}\n",
+    ),
+    _checkpoint(
+        "left-over-tensor-dropped",
+        "a tensor that is no part of the model is dropped without a word",
+        "weights.damaged",
+        '        raise CheckpointError(path, f"tensors are left over, not part of the model: {_listed(left_over)}")\n',
+        "        state_dict = {name: tensor for name, tensor in state_dict.items() if name not in left_over}\n",
+    ),
+    _checkpoint(
+        "misshapen-tensor-taken",
+        "a tensor of another shape than model_args ask for is taken as it is",
+        "weights.damaged",
+        '            raise CheckpointError(path, f"{name} has shape {found}, expected {shape} from model_args {sizes}")\n',
+        "            state_dict = {**state_dict, name: tensor.new_zeros(shape)}\n            continue\n",
+    ),
+    _model(
+        "export-ends-training",
+        "to_nanogpt_ckpt leaves the model in evaluation mode, so that training goes on without dropout",
+        "weights.back_to_original",
+        "            state_dict=self.state_dict(),\n",
+        "            state_dict=self.eval().state_dict(),\n",
+    ),
+    _model(
+        "converter-leaves-training",
+        "from_nanogpt_ckpt returns the model in training mode",
+        "weights.evaluation_mode",
+        "        model.eval()\n        return model\n",
+        "        model.train()\n        return model\n",
     ),
 )
 

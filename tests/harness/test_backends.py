@@ -16,12 +16,10 @@ from torch.nn import functional as F
 from harness import check_parity
 from harness.backends import BACKENDS, NO_FLOAT64, mark_of, pytorch, unavailable
 from harness.backends.names import DTYPES, TORCH_SETTINGS
-from harness.errors import Mismatch
 from harness.families import find_family
 from harness.numerics import SEMANTICS_BOUND
 from harness.ports import read_ports
 from harness.runner import Options
-from harness.trial import Trial, require_semantics
 
 ROOT = Path(__file__).parents[2]
 X = torch.randn(3, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -67,35 +65,6 @@ def test_what_was_float32_before_and_single_numbers_do_not_count() -> None:
     assert pytorch.float32_inside(lambda: (weights * 2, X * 2)) is None
     assert pytorch.float32_inside(lambda: X.sum().float()) is None
     assert pytorch.float32_inside(lambda: X.argmax(dim=-1) + X.bool().sum()) is None
-
-
-def trial(dtype: str = "float64") -> Any:
-    """As much of a trial as comparing numbers needs."""
-    return types.SimpleNamespace(dtype=dtype)
-
-
-def test_a_port_with_a_float32_softmax_is_held_to_the_wider_bound_and_reported() -> None:
-    narrow, exact = attention(float32_softmax), attention(lambda scores: scores.softmax(dim=-1))()
-    compare: Trial = trial()
-
-    metrics = require_semantics(compare, "logits", narrow(), exact, run=narrow)
-
-    assert metrics["error"] > SEMANTICS_BOUND, "else there is nothing to be recognised"
-    assert metrics["float32_inside"] == 1.0
-    with pytest.raises(Mismatch, match="bound 1e-09"):
-        require_semantics(compare, "logits", narrow(), exact)
-
-
-def test_a_difference_without_narrowing_is_held_to_the_semantic_bound() -> None:
-    compare: Trial = trial()
-    with pytest.raises(Mismatch, match="bound 1e-09"):
-        require_semantics(compare, "logits", X * (1 + 1e-7), X, run=lambda: X * (1 + 1e-7))
-
-
-def test_narrowing_excuses_no_more_than_float32_explains() -> None:
-    compare: Trial = trial()
-    with pytest.raises(Mismatch, match="relative error"):
-        require_semantics(compare, "logits", X * (1 + 1e-4), X, run=attention(float32_softmax))
 
 
 # Settings

@@ -34,7 +34,7 @@ SIZES: dict[str, Any] = {
     "dropout": 0.0,
     "bias": True,
 }
-LEAST_EFFECT = 1e-2
+LEAST_EFFECT = 5e-3
 """What the loss of any one tensor moves the logits by at least: ten million times the bound of the comparison."""
 
 CORNERS: dict[str, Callable[[Case], bool]] = {
@@ -72,7 +72,7 @@ def gate_cases(check: str) -> tuple[Case, ...]:
         cases(FAMILY),
         examples=item.check.examples,
         seed=seed_of(item, options),
-        database=False,
+        database=None,
         shrink_seconds=0,
     )
     return tuple(drawn)

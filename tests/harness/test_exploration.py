@@ -225,6 +225,15 @@ def test_a_case_that_fails_once_is_a_failure_that_says_so() -> None:
     assert str(failure.error) == "the same case failed once and passed once; the failure was: only the first time"
 
 
+def test_a_case_that_fails_in_another_way_each_time_is_no_flake() -> None:
+    def attempt(case: Case) -> None:
+        raise type("Other", (Exception,), {})("always")
+
+    failure = search(attempt)
+    assert failure is not None
+    assert (type(failure.error).__name__, str(failure.error)) == ("Other", "always")
+
+
 def test_the_same_seed_draws_the_same_cases() -> None:
     def drawn(seed: int | None) -> list[Case]:
         tried: list[Case] = []

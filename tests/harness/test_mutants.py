@@ -124,11 +124,11 @@ PLANTED = (
     in_model("survived", "self.gelu = nn.GELU()", "self.gelu = nn.GELU()  # the same", ["loss.value"]),
     in_model("green", "self.gelu = nn.GELU()", "self.gelu = nn.GELU()  # the same"),
     in_model("red", "nn.GELU()", "nn.ReLU()"),
-    at_import("exits", "import os; os._exit(0)"),
+    at_import("exits", "import os; os.kill(os.getpid(), 9)"),
     at_import("raises", "raise RuntimeError('at import')"),
     at_import("ends", "raise SystemExit(0)"),
     at_import("hangs", "import time; time.sleep(1000)"),
-    at_import("exits-harmless", "import os; os._exit(0)", ()),
+    at_import("exits-harmless", "import os; os.kill(os.getpid(), 9)", ()),
     at_import("interrupts", "raise KeyboardInterrupt"),
     in_model("next", "nn.GELU()", "nn.ReLU()", ["loss.value"]),
 )

@@ -16,12 +16,25 @@ from typing import Any
 import pytest
 
 from harness import Port, check_parity
+from harness.backends import pytorch
 from harness.checks import CATALOGUE, Check
 from harness.errors import DescriptionError
 from harness.families import register_family
 from harness.ports import family_of
 from harness.results import Result, checks_run
-from harness.runner import HARNESS, Options, exit_code, plan, quiet, replay, run_item, run_ports, session, too_few
+from harness.runner import (
+    COMMAND_EXAMPLES,
+    HARNESS,
+    Options,
+    exit_code,
+    plan,
+    quiet,
+    replay,
+    run_item,
+    run_ports,
+    session,
+    too_few,
+)
 
 CAUSAL: dict[str, Any] = {"checks": ["forward.causal"], "backends": ["torch-cpu"]}
 TANH = "for block in self.transformer.h:\n    block.mlp.gelu.approximate = 'tanh'"
@@ -157,6 +170,11 @@ def test_two_checks_draw_different_cases(tmp_path: Path, plain_port: PlainPort) 
         ({"forward": "return self.forward(input_ids)"}, "raised RecursionError"),
         ({"forward": "return None"}, "without logits"),
         ({"forward": "raise SystemExit(3)"}, "SystemExit: 3"),
+        ({"forward": "import os\nos._exit(0)"}, "the port ended the process: SystemExit: os._exit(0)"),
+        ({"forward": "class Odd(BaseException): pass\nraise Odd('end')"}, "the port raised Odd: end"),
+        ({"more": "class Odd(BaseException): pass\nraise Odd('end')"}, "cannot be imported: Odd: end"),
+        ({"forward": "input_ids.zero_()"}, "forward writes into its argument 'input_ids'"),
+        ({"forward": "self.nothing_like_it"}, "has no attribute 'nothing_like_it'"),
         (
             {"forward": "raise self.Shy", "more": "class Shy(Exception):\n    def __str__(self): raise self"},
             "raised Shy: Shy (",
@@ -174,6 +192,64 @@ def test_whatever_a_port_does_is_a_failed_result_with_one_line_and_a_case(
     assert "\n" not in result.reason
     assert result.config is not None
     assert (result.config["n_layer"], result.config["n_head"]) == (1, 1)
+
+
+def test_what_a_port_of_this_kind_has_and_this_one_lacks_is_named(tmp_path: Path, plain_port: PlainPort) -> None:
+    (result,) = check_parity(plain_port(tmp_path), checks=["forward.inputs_embeds"], backends=["torch-cpu"])
+    assert result.status == "failed"
+    assert result.reason.startswith("Port has no get_input_embeddings; a port is a transformers model")
+
+
+def test_a_child_of_a_port_may_end_as_it_likes(tmp_path: Path, plain_port: PlainPort) -> None:
+    forks = "import os\nchild = os.fork()\nif child == 0:\n    os._exit(7)\nassert os.waitpid(child, 0)[1] >> 8 == 7"
+    (result,) = check_parity(plain_port(tmp_path, forward=forks), **CAUSAL)
+    assert result.status == "passed", result.reason
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "torch.set_default_dtype(torch.float16)",
+        "torch.set_default_device('meta')",
+        "torch.set_grad_enabled(False)",
+        "torch.use_deterministic_algorithms(True)",
+        "torch.set_num_threads(2)",
+    ],
+)
+@pytest.mark.parametrize("where", ["more", "forward"])
+def test_what_a_port_sets_for_the_whole_process_is_set_back(
+    tmp_path: Path, plain_port: PlainPort, where: str, change: str
+) -> None:
+    before = pytorch.settings()
+    ports = [plain_port(tmp_path, "rude", **{where: change}), plain_port(tmp_path, "polite")]
+    results = run_ports(ports, Options(**CAUSAL))
+    assert results[1].status == "passed", results[1].reason
+    assert pytorch.settings() == before
+
+
+def test_a_converter_is_started_once_for_the_same_weights(tmp_path: Path, plain_port: PlainPort) -> None:
+    (tmp_path / "convert.py").write_text(
+        "import shutil, sys\nfrom pathlib import Path\nopen('starts', 'a').write('.')\n"
+        "Path(sys.argv[2]).mkdir()\nshutil.copy(sys.argv[1], sys.argv[2])\n"
+    )
+    port = plain_port(
+        tmp_path,
+        load=f"command:{sys.executable} convert.py {{checkpoint}} {{out}}",
+        more="""
+@classmethod
+def from_pretrained(cls, directory):
+    from reference_models.nanogpt.family import read_checkpoint
+    fields, state = read_checkpoint(str(next(directory.iterdir())))
+    model = cls(Config(**fields))
+    model.load_state_dict(state)
+    return model.eval()
+""",
+    )
+    checks = ["forward.lengths", "forward.causal", "forward.rows_independent", "forward.blocks"]
+    results = check_parity(port, checks=checks, backends=["torch-cpu"])
+    assert {result.status for result in results} == {"passed"}, [result.reason for result in results]
+    assert [result.examples for result in results] == [COMMAND_EXAMPLES] * 4
+    assert len((tmp_path / "starts").read_text()) == COMMAND_EXAMPLES
 
 
 def test_a_port_that_cannot_be_shown_is_checked_all_the_same(tmp_path: Path, plain_port: PlainPort) -> None:

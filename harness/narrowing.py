@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether a port computes a part in float32 where float64 is asked of it, and how it is judged then."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from typing import TYPE_CHECKING
+
+from harness.backends import pytorch
+from harness.errors import Mismatch
+from harness.routes import main_route
+from harness.trial import Trial, port_logits, prepare
+
+if TYPE_CHECKING:
+    from harness.cases import Case
+
+WORTH_A_LOOK = 1e-3
+"""An error in float64 that a part in float32 may explain."""
+
+
+def judged_at(trial: Trial, case: Case, error: Mismatch) -> Trial | None:
+    """How to judge a failure in float64 that a part in float32 explains; None for every other.
+
+    A norm, a softmax or a loss that is computed in float32 leaves errors near 1e-7: then the wider bound counts. The
+    lowest number of float64 is minus infinity there, so that masks end in NaN: then float32 is what can be judged.
+    """
+    size = error.metrics.get("error")
+    if trial.dtype != "float64" or trial.float32_inside or size is None or not narrows(trial, case):
+        return None
+    if size == float("inf"):
+        return dataclasses.replace(trial, dtype="float32")
+    return dataclasses.replace(trial, float32_inside=True) if size <= WORTH_A_LOOK else None
+
+
+def narrows(trial: Trial, case: Case) -> bool:
+    """Whether the port's forward or backward pass makes float32 out of float64."""
+    from harness.checks.loss import port_labels, training_loss
+
+    here = dataclasses.replace(trial, route=main_route(trial.port))  # operations can be watched in this process alone
+    with contextlib.suppress(Exception):  # a port that cannot run does not narrow
+        pair = prepare(here, case)
+        tokens = pair.batch.tokens
+        if pytorch.float32_inside(lambda: port_logits(here, pair.port, tokens)):
+            return True
+        labels = port_labels(here, tokens, pair.batch.targets)
+        return bool(pytorch.float32_inside(lambda: training_loss(here, pair.port, tokens, labels).backward()))
+    return False
