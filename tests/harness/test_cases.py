@@ -34,8 +34,8 @@ SIZES: dict[str, Any] = {
     "dropout": 0.0,
     "bias": True,
 }
-LEAST_EFFECT = 5e-3
-"""What the loss of any one tensor moves the logits by at least: ten million times the bound of the comparison."""
+LEAST_EFFECT = 1e-3
+"""What the loss of any one tensor moves the logits by at least: a million times the bound of the comparison."""
 
 CORNERS: dict[str, Callable[[Case], bool]] = {
     "exactly the maximum length": lambda case: case.tokens == case.fields["block_size"],
