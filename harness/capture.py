@@ -21,15 +21,16 @@ def capture(
     call: Callable[[], Output],
     *,
     pick: Mapping[str, Callable[[Any], torch.Tensor]] | None = None,
-    optional: bool = False,
+    in_parts: bool = False,
 ) -> tuple[Output, dict[str, torch.Tensor]]:
     """Runs `call` once: what it returns, and by name what the submodules at `places` (name -> path) returned.
 
-    A submodule that returns a tuple gives its first element, unless `pick[name]` takes another. optional: one that does
-    not run, such as a container whose parts are called one by one, is left out.
+    A submodule that returns a tuple gives its first element, unless `pick[name]` takes another. in_parts: one that does
+    not run itself, but whose parts do, is left out.
     Raises Mismatch when a submodule does not exist, did not run, or returned no tensor.
     """
     seen: dict[str, torch.Tensor] = {}
+    parted: set[str] = set()
     with contextlib.ExitStack() as hooks:
         for name, path in places.items():
             taken = (pick or {}).get(name, lambda value: value[0] if isinstance(value, tuple) else value)
@@ -47,7 +48,10 @@ def capture(
             except AttributeError:
                 raise Mismatch(f"{type(module).__name__} has no submodule '{path}', for '{name}'") from None
             hooks.callback(handle.remove)
+            for part in list(module.get_submodule(path).modules())[1:]:
+                ran = part.register_forward_hook(lambda *_, name=name: parted.add(name))
+                hooks.callback(ran.remove)
         outputs = call()
-    if (silent := set(places) - set(seen)) and not optional:
+    if silent := set(places) - set(seen) - (parted if in_parts else set()):
         raise Mismatch(f"{type(module).__name__} did not run the submodules of {', '.join(sorted(silent))}")
     return outputs, seen

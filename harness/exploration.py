@@ -114,16 +114,18 @@ def _no_constants_of_the_project() -> Iterator[None]:
 
     They would make the cases of a seed depend on which modules an earlier check, a door or a project happens to import.
     """
-    providers: Any = importlib.import_module("hypothesis.internal.conjecture.providers")
-    provider = providers.HypothesisProvider
-    own = vars(provider).get("_local_constants")
-    if own is None:
+    try:
+        providers: Any = importlib.import_module("hypothesis.internal.conjecture.providers")
+        provider, nothing = providers.HypothesisProvider, providers.Constants()
+        forget = providers.CONSTANTS_CACHE.cache.clear
+        own = vars(provider)["_local_constants"]
+    except (ImportError, AttributeError, KeyError, TypeError):
         yield  # a release that does not do this, or does it elsewhere
         return
-    provider._local_constants = property(lambda self: providers.Constants())
-    providers.CONSTANTS_CACHE.cache.clear()
     try:
+        provider._local_constants = property(lambda self: nothing)
+        forget()
         yield
     finally:
         provider._local_constants = own
-        providers.CONSTANTS_CACHE.cache.clear()
+        forget()

@@ -64,7 +64,8 @@ class Family:
         and `loss` (scalar) when targets are given. Taps are read by the harness itself.
     fields: original field -> names it is known by in ports, the likeliest first (the field's own name is always tried).
     port_fields: constants every port's configuration gets where it declares the name.
-    defaults: what the original's own configuration says where nothing is given, by field; None: it has no defaults.
+    defaults: every field of the original's configuration, with what it is where nothing is given; None: not all of them
+        have a default.
     special_tokens: configuration name (`eos_token_id`, ...) -> its default; those not named are None in the original.
     refused: overrides of a drawn case's fields, each of which makes a configuration that the original refuses.
     port_key: (original's state-dict key) -> the port's key.

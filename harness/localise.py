@@ -9,7 +9,8 @@ import torch
 
 from harness.capture import capture
 from harness.cases import Case
-from harness.numerics import SEMANTICS_BOUND, relative_error
+from harness.narrowing import narrows
+from harness.numerics import FLOAT32_INSIDE_BOUND, SEMANTICS_BOUND, relative_error
 from harness.routes import main_route
 from harness.trial import Pair, Trial, port_logits, prepare, run_original
 
@@ -30,7 +31,7 @@ def _run_both(trial: Trial, case: Case, pair: Pair) -> Compared:
     places = {tap.name: tap.original for tap in present}
     expected, theirs = capture(pair.original, places, lambda: run_original(trial, pair.original, tokens, targets))
     places = {tap.name: tap.port for tap in present}
-    logits, ours = capture(pair.port, places, lambda: port_logits(trial, pair.port, tokens), optional=True)
+    logits, ours = capture(pair.port, places, lambda: port_logits(trial, pair.port, tokens), in_parts=True)
     pairs = [(tap.name, ours[tap.name].cpu(), theirs[tap.name].cpu()) for tap in present if tap.name in ours]
     return [*pairs, ("logits", logits.cpu(), expected["logits"].cpu())]
 
@@ -46,7 +47,8 @@ def first_divergence(trial: Trial, case: Case) -> str | None:
         raise
     except BaseException:  # the failure is reported already; where it begins is a courtesy
         return None
+    bound = FLOAT32_INSIDE_BOUND if narrows(here, case) else SEMANTICS_BOUND
     for tap, ours, theirs in found:
-        if ours.shape != theirs.shape or not relative_error(ours, theirs) <= SEMANTICS_BOUND:
+        if ours.shape != theirs.shape or not relative_error(ours, theirs) <= bound:
             return tap
     return None

@@ -3,14 +3,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from typing import TYPE_CHECKING
 
 from harness.backends import pytorch
 from harness.errors import Mismatch
 from harness.routes import main_route
-from harness.trial import Trial, port_logits, prepare
+from harness.trial import Trial, each_attention, port_logits, prepare
 
 if TYPE_CHECKING:
     from harness.cases import Case
@@ -34,15 +33,17 @@ def judged_at(trial: Trial, case: Case, error: Mismatch) -> Trial | None:
 
 
 def narrows(trial: Trial, case: Case) -> bool:
-    """Whether the port's forward or backward pass makes float32 out of float64."""
+    """Whether the port's forward or backward pass makes float32 out of float64, in any of its attentions."""
     from harness.checks.loss import port_labels, training_loss
 
     here = dataclasses.replace(trial, route=main_route(trial.port))  # operations can be watched in this process alone
-    with contextlib.suppress(Exception):  # a port that cannot run does not narrow
+    try:
         pair = prepare(here, case)
         tokens = pair.batch.tokens
-        if pytorch.float32_inside(lambda: port_logits(here, pair.port, tokens)):
-            return True
+        for _ in each_attention(pair.port):
+            if pytorch.float32_inside(lambda: port_logits(here, pair.port, tokens)):
+                return True
         labels = port_labels(here, tokens, pair.batch.targets)
         return bool(pytorch.float32_inside(lambda: training_loss(here, pair.port, tokens, labels).backward()))
-    return False
+    except (Exception, SystemExit):  # a port that cannot run does not narrow
+        return False

@@ -165,6 +165,8 @@ class CheckItem(pytest.Item):
         from harness.ports import require_classes
         from harness.runner import contained, run_item
 
+        self.stash[_item_results] = []
+
         try:
             with contained():
                 require_classes(self.item.port)
@@ -191,7 +193,7 @@ class CheckFailed(Exception):
 
 def note(item: pytest.Item, result: Result) -> Result:
     """Keeps the result of a running test for the reports: pytest's own and ours."""
-    item.stash.setdefault(_item_results, []).append(result)
+    item.stash[_item_results].append(result)
     properties = {"check": result.check, "reason": result.reason}
     if result.config is not None:
         properties["config"] = json.dumps(result.config)
@@ -232,7 +234,9 @@ def session_of(run: pytest.Session) -> Session:
 
     stash = run.config.stash
     if _session not in stash:
-        checks = [item.item for item in run.items if isinstance(item, CheckItem)]
+        # A worker knows all items, not which it will get.
+        is_worker = hasattr(run.config, "workerinput")
+        checks = [item.item for item in run.items if isinstance(item, CheckItem) and not is_worker]
         stash[_session] = stash[_exit_stack].enter_context(session(checks))
     return stash[_session]
 
@@ -243,6 +247,7 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> None:
     from harness.door import BoundCheck
     from harness.runner import run_item
 
+    pyfuncitem.stash[_item_results] = []
     for name, value in list(pyfuncitem.funcargs.items()):
         if isinstance(value, BoundCheck):
 

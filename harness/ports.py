@@ -265,8 +265,8 @@ def require_classes(port: Port) -> None:
             raise DescriptionError(f"port '{port.name}': {key} = {error}") from None
         if not isinstance(found, type):
             raise DescriptionError(f"port '{port.name}': {key} = '{spec}' is a {type(found).__name__}, not a class")
-        if key != "config" and not hasattr(found, "state_dict"):
-            raise DescriptionError(f"port '{port.name}': {key} = '{spec}' is not a model: it has no state_dict()")
+        if key != "config" and not (hasattr(found, "state_dict") or hasattr(found, "parameters")):
+            raise DescriptionError(f"port '{port.name}': {key} = '{spec}' is not a model: it has no parameters()")
         if key == "config" and not (dataclasses.is_dataclass(found) or hasattr(found, "to_dict")):
             raise DescriptionError(
                 f"port '{port.name}': config = '{spec}' is not a configuration class: it has no to_dict()"

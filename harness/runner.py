@@ -151,7 +151,7 @@ def session(items: Iterable[Item] = ()) -> Iterator[Session]:
     with tempfile.TemporaryDirectory(prefix="parity-") as directory:
         root = Path(directory).resolve()
         with Sandbox(root) as sandbox:
-            if any(item.in_fresh_process for item in items):
+            if any(item.in_fresh_process and _why_not(item) is None for item in items):
                 sandbox.begin_warm_up()
             yield Session(root=root, sandbox=sandbox)
 
@@ -298,23 +298,30 @@ def seed_of(item: Item, options: Options) -> int | None:
 
 def _run_check(function: Callable[[Trial, Case], dict[str, float]], trial: Trial, case: Case) -> dict[str, float]:
     from harness.backends.pytorch import numeric_settings
-    from harness.narrowing import judged_at
 
     with numeric_settings():
         try:
-            return function(trial, case)
-        except Mismatch as error:
-            softer = judged_at(trial, case, error)
-            if softer is None:
-                raise
-            softer = dataclasses.replace(softer, workdir=Path(tempfile.mkdtemp(dir=trial.workdir)))
-            return {**function(softer, case), "float32_inside": 1.0}
+            return _run_judged(function, trial, case)
         except SystemExit as error:
             raise Mismatch(f"the port ended the process: SystemExit: {error.code}") from error
         except (Exception, KeyboardInterrupt):
             raise
         except BaseException as error:
             raise Mismatch(f"the port raised {type(error).__name__}: {first_line(error)}") from error
+
+
+def _run_judged(function: Callable[[Trial, Case], dict[str, float]], trial: Trial, case: Case) -> dict[str, float]:
+    """Runs a check; again where a part in float32 explains its failure, judged by what float32 allows."""
+    from harness.narrowing import judged_at
+
+    try:
+        return function(trial, case)
+    except Mismatch as error:
+        softer = judged_at(trial, case, error)
+        if softer is None:
+            raise
+    softer = dataclasses.replace(softer, workdir=Path(tempfile.mkdtemp(dir=trial.workdir)))
+    return {**function(softer, case), "float32_inside": 1.0}
 
 
 @contextlib.contextmanager
@@ -380,7 +387,8 @@ def _what_is_lacking(error: Exception, inner: Sequence[traceback.FrameSummary]) 
         return None
     cls = error.obj if isinstance(error.obj, type) else type(error.obj)
     asked_here = all(Path(frame.filename).parts[-2:] == ("modules", "module.py") for frame in inner)
-    if not asked_here or cls.__module__.partition(".")[0] in ("harness", "torch", "builtins", "types"):
+    is_model_or_configuration = any(hasattr(cls, name) for name in ("state_dict", "to_dict", "__dataclass_fields__"))
+    if not asked_here or not is_model_or_configuration or cls.__module__.partition(".")[0] in ("harness", "torch"):
         return None
     return (
         f"{cls.__name__} has no {error.name}; a port is a transformers model with its configuration, or says in lacks"

@@ -14,7 +14,7 @@ TORCH_SETTINGS = MappingProxyType[str, Any](
         "allow_bf16_reduced_precision_reduction": False,
         "allow_fp16_reduced_precision_reduction": False,
         "threads": 1,
-        "deterministic_algorithms": False,
+        "deterministic_algorithms": 0,
         "default_dtype": "float32",
         "default_device": "cpu",
         "gradients": True,

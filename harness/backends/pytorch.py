@@ -44,7 +44,7 @@ def settings() -> dict[str, Any]:
         "allow_bf16_reduced_precision_reduction": matmul.allow_bf16_reduced_precision_reduction,
         "allow_fp16_reduced_precision_reduction": matmul.allow_fp16_reduced_precision_reduction,
         "threads": torch.get_num_threads(),
-        "deterministic_algorithms": torch.are_deterministic_algorithms_enabled(),
+        "deterministic_algorithms": torch.get_deterministic_debug_mode(),
         "default_dtype": str(torch.get_default_dtype()).removeprefix("torch."),
         "default_device": str(torch.get_default_device()),
         "gradients": torch.is_grad_enabled(),
@@ -59,7 +59,7 @@ def set_settings(values: Mapping[str, Any]) -> None:
     matmul.allow_bf16_reduced_precision_reduction = values["allow_bf16_reduced_precision_reduction"]
     matmul.allow_fp16_reduced_precision_reduction = values["allow_fp16_reduced_precision_reduction"]
     torch.set_num_threads(values["threads"])
-    torch.use_deterministic_algorithms(values["deterministic_algorithms"])
+    torch.set_deterministic_debug_mode(values["deterministic_algorithms"])
     torch.set_default_dtype(getattr(torch, values["default_dtype"]))
     if str(torch.get_default_device()) != values["default_device"]:
         torch.set_default_device(None if values["default_device"] == "cpu" else values["default_device"])

@@ -69,7 +69,7 @@ def blocks(trial: Trial, case: Case) -> dict[str, float]:
     pair = prepare(trial, case)
     found = localise.compare_taps(trial, case, pair)
     if not found:
-        raise Skip("the port has none of the family's taps")
+        raise Skip("none of the family's taps is a module that the port runs")
     numbers = []
     for tap, actual, expected in found:
         what = f"output of {tap}"

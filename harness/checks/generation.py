@@ -190,7 +190,7 @@ def batch(trial: Trial, case: Case) -> dict[str, float]:
     """
     pair, prompt, count = _prompted(trial, dataclasses.replace(case, rows=3))
     together = _generate(trial, pair.port, prompt, max_new_tokens=count)
-    return worst(*(_follows(trial, pair, together.row(row), prompt.shape[1]) for row in range(3)))
+    return worst(*(_follows(trial, pair, together.row(row), prompt.shape[1], count) for row in range(3)))
 
 
 def left_padded(trial: Trial, case: Case) -> dict[str, float]:
@@ -214,8 +214,12 @@ def _continues_padded(trial: Trial, pair: Pair, prompt: torch.Tensor, case: Case
     mask = torch.ones_like(prompt)
     mask[-1, : paddings[-1]] = 0
     together = _generate(trial, pair.port, prompt, attention_mask=mask, **options)
+    count = options["max_new_tokens"]
     return worst(
-        *(_follows(trial, pair, together.row(row, padding), width - padding) for row, padding in enumerate(paddings))
+        *(
+            _follows(trial, pair, together.row(row, padding), width - padding, count)
+            for row, padding in enumerate(paddings)
+        )
     )
 
 
@@ -283,7 +287,7 @@ def inputs_embeds(trial: Trial, case: Case) -> dict[str, float]:
     embeds = embedding(prompt.to(embedding.weight.device)).detach()
     made = _generate(trial, pair.port, None, inputs_embeds=embeds, max_new_tokens=count)
     whole = dataclasses.replace(made, tokens=torch.cat([prompt, made.tokens], dim=1))
-    return _follows(trial, pair, whole, prompt.shape[1])
+    return _follows(trial, pair, whole, prompt.shape[1], count)
 
 
 def incremental_logits(
@@ -377,11 +381,16 @@ def _continues(trial: Trial, pair: Pair, prompt: torch.Tensor, count: int, **opt
     """Generates greedily with the port, and compares with the original."""
     made = _generate(trial, pair.port, prompt, max_new_tokens=count, **options)
     expected = greedy_tokens(trial, pair.original, prompt, count)
-    return worst(_same_tokens(trial, pair, made.tokens, expected), _follows(trial, pair, made, prompt.shape[1]))
+    return worst(_same_tokens(trial, pair, made.tokens, expected), _follows(trial, pair, made, prompt.shape[1], count))
 
 
-def _follows(trial: Trial, pair: Pair, made: Generated, start: int) -> dict[str, float]:
-    """Checks every generated token, and the logits behind it, against the original on the same tokens before it."""
+def _follows(trial: Trial, pair: Pair, made: Generated, start: int, count: int) -> dict[str, float]:
+    """Checks every generated token, and the logits behind it, against the original on the same tokens before it.
+
+    There have to be `count` of them: the original stops nowhere.
+    """
+    if made.tokens.shape[1] - start != count:
+        raise Mismatch(f"generated {made.tokens.shape[1] - start} tokens behind the prompt, expected {count}")
     maximum = _maximum(trial, pair)
     errors, ties = [0.0], 0.0
     for step in range(made.tokens.shape[1] - start):

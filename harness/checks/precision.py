@@ -106,10 +106,17 @@ def gradients(trial: Trial, case: Case) -> dict[str, float]:
     baseline = original_gradients(trial, pair.original, tokens, targets)
     expected = original_gradients(trial, oracle, tokens, targets)
     layout = layout_of(trial, case)
-    if layout is None:
+    if layout is not None:
+        baseline, expected = layout.arrange(baseline), layout.arrange(expected)
+    else:
+        baseline, expected = (
+            {trial.family.port_key(key): tensor for key, tensor in tensors.items()} for tensors in (baseline, expected)
+        )
+    if not expected.keys() <= actual.keys():
         raise Skip("the port's loader does not tell which of its parameters is which of the original's")
-    ours = [actual, layout.arrange(baseline), layout.arrange(expected)]
-    flat = [torch.cat([tensors[name].double().flatten() for name in layout.places]) for tensors in ours]
+    flat = [
+        torch.cat([tensors[name].double().flatten() for name in expected]) for tensors in (actual, baseline, expected)
+    ]
     return _calibrated(trial, "gradients", *flat)
 
 

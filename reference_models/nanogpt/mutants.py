@@ -389,6 +389,18 @@ CACHE = (
         "attention_mask = attention_mask[:, -window:]",
         "attention_mask = attention_mask[:, :window]",
     ),
+    _model(
+        "batch-stops-early",
+        "several rows generated together stop after one token",
+        "generation.batch generation.left_padded",
+        "    def prepare_inputs_for_generation(",
+        "    def generate(self, inputs=None, **kwargs):\n"
+        '        rows = kwargs.get("input_ids", inputs)\n'
+        "        if rows is not None and len(rows) > 1:\n"
+        '            kwargs["max_new_tokens"] = 1\n'
+        "        return super().generate(inputs, **kwargs)\n\n"
+        "    def prepare_inputs_for_generation(",
+    ),
 )
 
 NORMS = (

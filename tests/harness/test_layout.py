@@ -117,6 +117,16 @@ def test_a_transposed_tensor_under_another_name_is_followed(trial: Trial) -> Non
         assert torch.equal(stacked[name], torch.stack([tensor, 2 * tensor])), name
 
 
+def test_single_numbers_are_arranged_too() -> None:
+    layout = Layout(
+        sources={"scale": torch.Size([]), "shift": torch.Size([2])},
+        places={"both": torch.tensor([2, 0, 1])},
+        added=(),
+    )
+    tensors = {"scale": torch.tensor([1.0, 2.0]), "shift": torch.tensor([[3.0, 4.0], [5.0, 6.0]])}
+    assert layout.arrange(tensors)["both"].tolist() == [[4.0, 1.0, 3.0], [6.0, 2.0, 5.0]]
+
+
 def test_the_reference_port_is_arranged_as_its_original(trial: Trial) -> None:
     (port,) = (port for port in read_ports(Path(__file__).parents[2]) if port.name == "nanogpt")
     plain = dataclasses.replace(trial, port=port)

@@ -172,6 +172,21 @@ def test_a_module_that_is_not_there_or_does_not_run_is_named() -> None:
     assert not any(module._forward_hooks for module in model.modules())
 
 
+def test_a_module_whose_parts_are_called_one_by_one_may_be_left_out() -> None:
+    inner = torch.nn.Sequential(torch.nn.Identity(), torch.nn.Identity())
+    model = torch.nn.ModuleDict({"parts": inner, "whole": torch.nn.Identity(), "idle": torch.nn.Identity()})
+    places = {"parts": "parts", "whole": "whole"}
+
+    def call() -> object:
+        return model["whole"](inner[1](inner[0](torch.zeros(2))))
+
+    assert list(capture(model, places, call, in_parts=True)[1]) == ["whole"]
+    with pytest.raises(Mismatch, match="did not run the submodules of parts"):
+        capture(model, places, call)
+    with pytest.raises(Mismatch, match="did not run the submodules of idle"):
+        capture(model, {**places, "idle": "idle"}, call, in_parts=True)
+
+
 def test_a_module_that_returns_no_tensor_is_named() -> None:
     model = torch.nn.Sequential(torch.nn.Identity())
     with pytest.raises(Mismatch, match="submodule '0' returns NoneType, expected a tensor first"):

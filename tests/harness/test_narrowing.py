@@ -43,6 +43,47 @@ def test_float32_excuses_no_more_than_it_explains(tmp_path: Path, plain_port: Pl
     assert "bound 1e-05" in result.reason
 
 
+def test_the_place_of_a_fault_is_not_that_of_the_float32(tmp_path: Path, plain_port: PlainPort) -> None:
+    first = "self.transformer.h[0].ln_1.register_forward_hook(lambda m, i, o: o.float().to(o.dtype))"
+    last = "self.transformer.ln_f.register_forward_hook(lambda m, i, o: o * 1.01)"
+    port = plain_port(
+        tmp_path,
+        more=f"""
+def __init__(self, config):
+    super().__init__(config)
+    {first}
+    {last}
+""",
+    )
+    (result,) = judged(port, "forward.lengths")
+    assert (result.status, result.first_divergence) == ("failed", "final_norm")
+
+
+@pytest.mark.parametrize("end", ["raise SystemExit(0)", "import os; os._exit(0)"])
+def test_a_port_that_ends_the_process_when_it_is_looked_at_again_does_not(
+    tmp_path: Path, plain_port: PlainPort, end: str
+) -> None:
+    (result,) = judged(plain_port(tmp_path, forward=f"if labels is not None: {end}\n{SMALL}"), "forward.lengths")
+    assert result.status == "failed"
+    assert "bound 1e-09" in result.reason
+
+
+def test_an_attention_that_only_some_checks_choose_is_looked_at_too(tmp_path: Path, plain_port: PlainPort) -> None:
+    port = plain_port(
+        tmp_path,
+        forward=f"if self.attention == 'eager': {FLOAT32_NORM}\nelse: self.transformer.ln_f._forward_hooks.clear()",
+        more="""
+attention = "sdpa"
+
+def set_attn_implementation(self, name):
+    self.attention = name
+""",
+    )
+    (result,) = judged(port, "backend.attention")
+    assert result.status == "passed", result.reason
+    assert result.metrics["float32_inside"] == 1.0
+
+
 @pytest.mark.parametrize(("sign", "status"), [("", "passed"), ("-", "failed")])
 def test_what_is_not_finite_in_float64_alone_is_judged_in_float32(
     tmp_path: Path, plain_port: PlainPort, sign: str, status: str
