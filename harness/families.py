@@ -80,6 +80,8 @@ class Family:
     checkpoint_dialects: (module, fields, directory) -> files written there by what sets them apart from the plain one:
         equivalent files that some revision or setting of the original's training writes. `weights.dialects` asks for
         those that today's original reads, `weights.older_dialects` for the others.
+    resume: (module, path) resumes the original's training from its own file, as far as the weights are loaded; raises
+        where it cannot.
     checkpoint_name: the file name `write_checkpoint` output goes by.
     generate_original: (module, prompt, keyword options max_new_tokens, temperature, top_k) -> prompt + new tokens.
     parameter_groups: (original module, weight decay) -> AdamW groups of the original.
@@ -113,6 +115,7 @@ class Family:
     write_checkpoint: Callable[..., None] | None = None
     read_checkpoint: Callable[[str], tuple[Fields, dict[str, torch.Tensor]]] | None = None
     checkpoint_dialects: Callable[[torch.nn.Module, Fields, Path], Mapping[str, Path]] | None = None
+    resume: Callable[[torch.nn.Module, str], None] | None = None
     checkpoint_name: str = "checkpoint.pt"
     generate_original: Callable[..., torch.Tensor] | None = None
     parameter_groups: Callable[[torch.nn.Module, float], list[dict[str, Any]]] | None = None

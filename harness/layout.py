@@ -27,7 +27,8 @@ class Layout:
     """For every parameter of a port, from which place each of its numbers comes.
 
     sources: the original's parameters, one after the other, by name and shape. places: port's parameter -> int64
-    tensor of its shape, indices into the concatenation of the flattened sources; each index stands there once.
+    tensor of its shape, indices into the concatenation of the flattened sources; each index stands there once, and the
+    index behind the last one wherever the port fills up with zeros, as in a padded vocabulary.
     added: the port's parameters that hold nothing of the original's.
     """
 
@@ -41,8 +42,12 @@ class Layout:
             tensors[name].reshape(*tensors[name].shape[: tensors[name].ndim - len(shape)], -1)
             for name, shape in self.sources.items()
         ]
-        flat = torch.cat(pieces, dim=-1)
+        flat = torch.cat([*pieces, torch.zeros_like(pieces[0][..., :1])], dim=-1)
         return {name: flat[..., places] for name, places in self.places.items()}
+
+    def known(self, name: str) -> torch.Tensor:
+        """Which numbers of a port's parameter come from the original: bool, of its shape."""
+        return self.places[name] < sum(shape.numel() for shape in self.sources.values())
 
     def is_plain(self, trial: Trial) -> bool:
         """Whether every parameter is one of the original's, under the name that the family knows, number by number."""
@@ -85,11 +90,11 @@ def layout_of(trial: Trial, case: Case) -> Layout | None:
         known = ordered[found] == numbers
         if not known.any():
             added.append(name)
-        elif known.all():
-            places[name] = order[found]
+        elif bool((known | (numbers == 0)).all()):
+            places[name] = torch.where(known, order[found], count)
         else:
             return None
-    every = torch.cat([indices.flatten() for indices in places.values()]) if places else torch.empty(0)
+    every = torch.cat([indices[indices < count] for indices in places.values()]) if places else torch.empty(0)
     if every.numel() != count or every.unique().numel() != count:
         return None
     return Layout(sources=sources, places=places, added=added)

@@ -34,11 +34,11 @@ def judged_at(trial: Trial, case: Case, error: Mismatch) -> Trial | None:
 
 def narrows(trial: Trial, case: Case) -> bool:
     """Whether the port's forward or backward pass makes float32 out of float64, in any of its attentions."""
-    from harness.checks.loss import port_labels, training_loss
+    from harness.checks.loss import at_least_two_tokens, port_labels, training_loss
 
     here = dataclasses.replace(trial, route=main_route(trial.port))  # operations can be watched in this process alone
     try:
-        pair = prepare(here, case)
+        pair = prepare(here, at_least_two_tokens(case))
         tokens = pair.batch.tokens
         for _ in each_attention(pair.port):
             if pytorch.float32_inside(lambda: port_logits(here, pair.port, tokens)):

@@ -383,6 +383,11 @@ def shortened(text: str, length: int = 240) -> str:
     return text if len(text) <= length else text[: length - 3] + "..."
 
 
+def lacks(port: Port, check: str) -> str | None:
+    """Why the port does without what a check asks for, by its description; None when it does not."""
+    return next((reason for pattern, reason in port.lacks.items() if fnmatch.fnmatch(check, pattern)), None)
+
+
 def converter_spec(port: Port) -> str | None:
     """The spec of the callable of `load = "checkpoint:..."`: a name in the model's file, or a spec of its own."""
     kind, _, name = port.load.partition(":")

@@ -24,7 +24,16 @@ from harness.cases import Case, cases
 from harness.checks import CATALOGUE, MAIN, Check, check_ids, function_of
 from harness.errors import DescriptionError, Mismatch, NotHere, ParityError, Skip
 from harness.families import Family, nearest
-from harness.ports import Port, check_patterns, family_of, first_line, require_classes, require_fields, require_named
+from harness.ports import (
+    Port,
+    check_patterns,
+    family_of,
+    first_line,
+    lacks,
+    require_classes,
+    require_fields,
+    require_named,
+)
 from harness.results import BAD, Result, checks_run
 from harness.routes import main_route
 
@@ -35,6 +44,9 @@ if TYPE_CHECKING:
 
 PROFILES = {"gate": 1, "thorough": 6, "nightly": 30}
 """How many times the catalogue's number of examples a profile draws."""
+
+ROUTE_CHECKS = {"pretrained": "roundtrip.pretrained", "remote_code": "remote_code.outputs"}
+"""A port that lacks the check of a route has no such route."""
 
 COMMAND_EXAMPLES = 2
 """Cases a check tries in profile `gate` on a port whose weights a program converts, at seconds a start."""
@@ -179,8 +191,8 @@ def run_item(item: Item, options: Options, shared: Session) -> Result:
 
 
 def _why_not(item: Item) -> str | None:
-    for pattern, reason in item.port.lacks.items():
-        if fnmatch.fnmatch(item.check.id, pattern):
+    for check in (item.check.id, ROUTE_CHECKS.get(item.route, item.check.id)):
+        if reason := lacks(item.port, check):
             return f"the port lacks it: {reason}"
     absent = [need for need in item.check.needs if need not in item.family.features]
     if absent:

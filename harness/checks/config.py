@@ -81,11 +81,27 @@ def json_round_trip(trial: Trial, case: Case) -> dict[str, float]:
         if getattr(loaded, name) != getattr(config, name):
             raise Mismatch(f"{name} was {getattr(config, name)!r} and is {getattr(loaded, name)!r} after config.json")
     before, after = (json.loads((folder / "config.json").read_text()) for folder in (first, second))
+    _special_tokens_travel(trial, case)
     changed = sorted(key for key in before.keys() | after.keys() if before.get(key) != after.get(key))
     if changed:
         key = changed[0]
         raise Mismatch(f"config.json is not a fixed point: {key} was {before.get(key)!r}, then {after.get(key)!r}")
     return {}
+
+
+def _special_tokens_travel(trial: Trial, case: Case) -> None:
+    """Raises Mismatch when a token id that is given is not what the configuration has, before and after a file."""
+    given = dict(zip(SPECIAL_TOKENS, (1, 2, 3), strict=True))
+    try:
+        config = port_config(trial, case.fields, **given)
+    except (TypeError, ValueError):
+        return  # a configuration that takes no such tokens
+    directory = trial.workdir / "tokens"
+    config.save_pretrained(directory)
+    for when, found in (("", config), (" after config.json", type(config).from_pretrained(directory))):
+        for name, value in given.items():
+            if getattr(found, name, value) != value:
+                raise Mismatch(f"{name}={value} was given, and is {getattr(found, name)!r}{when}")
 
 
 def fields(trial: Trial, case: Case) -> dict[str, float]:

@@ -12,9 +12,10 @@ import torch
 
 from harness import localise
 from harness.cases import Case
+from harness.checks.loss import at_least_two_tokens, original_targets, port_labels
 from harness.errors import Mismatch, Skip
 from harness.layout import layout_of
-from harness.ports import first_line
+from harness.ports import first_line, lacks
 from harness.routes import carry, logits_by
 from harness.trial import (
     Pair,
@@ -29,10 +30,11 @@ from harness.trial import (
     prepare,
     require_semantics,
     run_original,
+    run_port,
     worst,
 )
 
-SMALL_SCALE = 1e-3
+SMALL_SCALE, LARGE_SCALE = 1e-3, 10.0
 
 
 def logits(trial: Trial, case: Case) -> dict[str, float]:
@@ -139,22 +141,47 @@ def small_scale(trial: Trial, case: Case) -> dict[str, float]:
 
     Would have caught: epsilon 1e-6 for 1e-5, epsilon outside the root, an epsilon read from a field nobody set.
     """
+    return _scaled(trial, case, SMALL_SCALE)
+
+
+def large_scale(trial: Trial, case: Case) -> dict[str, float]:
+    """With embeddings ten times larger, and logits with them, logits and loss still agree.
+
+    Would have caught: logits that are clipped before the loss, activations that are kept within half precision.
+    """
+    return _scaled(trial, case, LARGE_SCALE)
+
+
+def _scaled(trial: Trial, case: Case, scale: float) -> dict[str, float]:
+    case = at_least_two_tokens(case)
     original = original_model(trial, case)
     with torch.no_grad():
         for module in original.modules():
             if isinstance(module, torch.nn.Embedding):
-                module.weight.copy_((module.weight * SMALL_SCALE).float())
+                module.weight.copy_((module.weight * scale).float())
     batch = draw(trial, case)
     port = place(trial, carry(trial, case, original))
-    expected = run_original(trial, original, batch.tokens, batch.targets)["logits"]
-    actual = port_logits(trial, port, batch.tokens)
     baseline = copied(original).to(next(port.parameters()).dtype)
-    return require_semantics(
-        trial,
-        "logits of small-scale input",
-        actual,
-        expected,
-        baseline=lambda: run_original(trial, baseline, batch.tokens, batch.targets)["logits"],
+    options = {}
+    targets = batch.targets
+    if "loss" in trial.family.features and not lacks(trial.port, "loss.value"):
+        options = {"labels": port_labels(trial, batch.tokens, batch.targets)}
+        targets = original_targets(trial, options["labels"])
+    actual = run_port(trial, port, batch.tokens, **options)
+    expected = run_original(trial, original, batch.tokens, targets)
+    kind = "small" if scale < 1 else "large"
+    return worst(
+        *(
+            require_semantics(
+                trial,
+                f"{name} of {kind}-scale input",
+                actual[name],
+                expected[name],
+                baseline=lambda name=name: run_original(trial, baseline, batch.tokens, targets)[name],  # type: ignore[misc]
+            )
+            for name in ("logits", *(["loss"] if options else []))
+            if actual.get(name) is not None
+        )
     )
 
 
@@ -222,9 +249,12 @@ def inputs_embeds(trial: Trial, case: Case) -> dict[str, float]:
     embedding = pair.port.get_input_embeddings()  # type: ignore[operator]
     expected = port_logits(trial, pair.port, pair.batch.tokens)
     embeds = embedding(pair.batch.tokens.to(embedding.weight.device)).detach()
-    with torch.no_grad():
-        actual = outputs_of(trial, call_port(trial, pair.port, None, inputs_embeds=embeds))["logits"]
-    return require_semantics(trial, "logits from inputs_embeds", actual, expected)
+    embeds.requires_grad_()
+    actual = outputs_of(trial, call_port(trial, pair.port, None, inputs_embeds=embeds))["logits"]
+    (gradient,) = torch.autograd.grad(actual.sum(), embeds, allow_unused=True) if actual.requires_grad else (None,)
+    if gradient is None:
+        raise Mismatch("no gradient reaches inputs_embeds, so that a prompt cannot be tuned")
+    return require_semantics(trial, "logits from inputs_embeds", actual.detach(), expected)
 
 
 def position_ids(trial: Trial, case: Case) -> dict[str, float]:

@@ -28,13 +28,15 @@ from harness.trial import (
 
 
 def value(trial: Trial, case: Case) -> dict[str, float]:
-    """The loss equals the original's on the same text, each model given labels by its own convention.
+    """The loss equals the original's on the same text, each model given labels by its own convention; in training too.
 
     Would have caught: labels shifted twice or not at all (6.58 against 6.86 on the same text), a sum for a mean.
     """
     case = at_least_two_tokens(case)
     pair = prepare(trial, case)
-    return _same_loss(trial, case, pair, pair.batch, ignored=None)
+    numbers = _same_loss(trial, case, pair, pair.batch, ignored=None)
+    pair.port.train()
+    return worst(numbers, _same_loss(trial, case, pair, pair.batch, ignored=None))
 
 
 def ignored(trial: Trial, case: Case) -> dict[str, float]:
@@ -82,10 +84,14 @@ def pure(trial: Trial, case: Case) -> dict[str, float]:
     generate: Any = getattr(pair.port, "generate", None)
     if generate is not None and "generation" in trial.family.features:
         state = _state(pair.port)
-        generate(pair.batch.tokens[:, :1].to(next(pair.port.parameters()).device), max_new_tokens=1, do_sample=False)
+        prompt = pair.batch.tokens[:, :1].to(next(pair.port.parameters()).device)
+        in_training = generate(prompt, max_new_tokens=3, do_sample=False)
         for name, value in _state(pair.port).items():
             if value != state[name]:
                 raise Mismatch(f"generate() of a model in training changes its {name} for good")
+        pair.port.eval()
+        if not torch.equal(generate(prompt, max_new_tokens=3, do_sample=False), in_training):
+            raise Mismatch("generate() of a model in training, without dropout, gives other tokens")
     pair.port.eval()
     after = _loss_of(trial, pair, labels)
     if not torch.equal(before, after):

@@ -16,6 +16,7 @@ from harness.checks.training import original_gradients, port_gradients
 from harness.errors import Mismatch, Skip
 from harness.layout import layout_of
 from harness.numerics import require_calibrated
+from harness.ports import lacks
 from harness.trial import (
     Pair,
     Trial,
@@ -129,12 +130,20 @@ def long_positions(trial: Trial, case: Case) -> dict[str, float]:
     case = dataclasses.replace(case, fields=fields, tokens=MANY_POSITIONS)
     pair, oracle = _pairs(trial, case, rows=1)
     tokens, targets = pair.batch.tokens, pair.batch.targets
-    return _calibrated(
-        trial,
-        f"logits of {MANY_POSITIONS} tokens",
-        port_logits(trial, pair.port, tokens),
-        _original(trial, pair, tokens, targets, "logits"),
-        run_original(trial, oracle, tokens, targets)["logits"],
+    masks: list[dict[str, torch.Tensor]] = [{}]
+    if "masks" in trial.family.features and not lacks(trial.port, "masks.none_is_ones"):
+        masks.append({"attention_mask": torch.ones_like(tokens)})
+    return worst(
+        *(
+            _calibrated(
+                trial,
+                f"logits of {MANY_POSITIONS} tokens{' with a mask' if mask else ''}",
+                port_logits(trial, pair.port, tokens, **mask),
+                _original(trial, pair, tokens, targets, "logits"),
+                run_original(trial, oracle, tokens, targets)["logits"],
+            )
+            for mask in masks
+        )
     )
 
 

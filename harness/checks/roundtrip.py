@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from harness.backends import pytorch
 from harness.cases import Case
@@ -71,11 +71,13 @@ def dtype(trial: Trial, case: Case) -> dict[str, float]:
     The file holds that dtype too. Would have caught: a config.json that claims float32, so that a checkpoint comes
     back twice as large; a save that casts the live model, and with it a training run that goes on.
     """
-    model = place(trial, carry(trial, case, original_model(trial, case, dtype="float32")))
+    model = place(trial, carry(trial, case, original_model(trial, case, dtype="float32"))).train()
     before, settings = copied(model), copy.deepcopy(_settings(model))
     directory = trial.workdir / "saved"
     model.save_pretrained(directory)  # type: ignore[operator]
     numbers = _same_state(model, before, "in the live model after save_pretrained")
+    if any(module.training != was.training for module, was in zip(model.modules(), before.modules(), strict=True)):
+        raise Mismatch("save_pretrained of a model in training mode switches it to evaluation")
     if changed := [name for name, value in _settings(model).items() if settings.get(name, value) != value]:
         raise Mismatch(
             f"save_pretrained changes '{changed[0]}' of the live model's configuration from"
@@ -107,6 +109,28 @@ def _settings(model: torch.nn.Module) -> dict[str, Any]:
     config: Any = getattr(model, "config", None)
     values: dict[str, Any] = config.to_dict() if hasattr(config, "to_dict") else {}
     return {name: value for name, value in values.items() if name not in WRITTEN_BY_SAVING}
+
+
+def incomplete(trial: Trial, case: Case) -> dict[str, float]:
+    """A saved model whose file lacks tensors is not loaded without a word: the loading names each, or fails.
+
+    Would have caught: `_keys_to_ignore_on_load_missing` that covers weights, which then start at random in silence.
+    """
+    directory = save(trial, case, original_model(trial, case, dtype="float32"))
+    (file,) = directory.glob("*.safetensors")
+    tensors = load_file(file)
+    tied = {name.rpartition(".")[0].rpartition(".")[2] for group in trial.family.tied for name in group}
+    kept = {name: tensor for name, tensor in tensors.items() if name.rpartition(".")[0].rpartition(".")[2] in tied}
+    save_file(kept, file, metadata={"format": "pt"})
+    cls: Any = port_class(trial)
+    try:
+        _, information = cls.from_pretrained(directory, output_loading_info=True)
+    except Exception:  # a refusal says it louder still
+        return {}
+    silent = sorted(tensors.keys() - kept.keys() - set(information["missing_keys"]))
+    if silent:
+        raise Mismatch(f"a saved model without {silent[0]} is loaded without a word of it")
+    return {"missing": float(len(tensors) - len(kept))}
 
 
 def sharded(trial: Trial, case: Case) -> dict[str, float]:

@@ -17,6 +17,7 @@ from harness.checks.masks import padded_batch
 from harness.errors import Mismatch, Skip
 from harness.layout import layout_of
 from harness.numerics import FLOAT32_GRADIENT_BOUND, SEMANTICS_BOUND, relative_error, require_shape
+from harness.ports import lacks
 from harness.trial import (
     Pair,
     Trial,
@@ -46,12 +47,13 @@ SIGMAS = 6.0
 
 
 def gradients(trial: Trial, case: Case) -> dict[str, float]:
-    """The gradient of the loss for every parameter equals the original's.
+    """The gradient of the loss in training mode equals the original's, for every parameter.
 
-    Would have caught: a detached branch, a loss that is right in value and scaled in its gradient.
+    Would have caught: a detached branch, a loss that is right in value and scaled in its gradient, a term of the loss
+    that only training adds.
     """
     case = at_least_two_tokens(case)
-    pair = prepare(trial, case)
+    pair = _training_pair(trial, case)
     labels = port_labels(trial, pair.batch.tokens, pair.batch.targets)
     actual = port_gradients(trial, pair, labels)
     expected = original_gradients(trial, pair.original, pair.batch.tokens, original_targets(trial, labels))
@@ -64,7 +66,7 @@ def gradients_masked(trial: Trial, case: Case) -> dict[str, float]:
     Would have caught: masks whose NaN is repaired in the forward pass only, padding that takes part in the loss.
     """
     case = at_least_two_tokens(case)
-    pair = prepare(trial, dataclasses.replace(case, rows=2))
+    pair = _training_pair(trial, dataclasses.replace(case, rows=2))
     numbers = []
     for side in ("left", "right"):
         padded = padded_batch(trial, case, pair, side)
@@ -76,6 +78,13 @@ def gradients_masked(trial: Trial, case: Case) -> dict[str, float]:
             what = f"gradient of a {side}-padded batch (attention: {attention})"
             numbers.append(same_tensors(trial, case, what, _collected(pair.port), expected))
     return worst(*numbers)
+
+
+def _training_pair(trial: Trial, case: Case) -> Pair:
+    pair = prepare(trial, case)
+    pair.original.train()
+    pair.port.train()
+    return pair
 
 
 def _rows_alone(trial: Trial, pair: Pair, padded: Padded) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -126,7 +135,7 @@ def optimiser_steps(trial: Trial, case: Case) -> dict[str, float]:
     Would have caught: a tied tensor that is two parameters, a norm that decays, a parameter no group has.
     """
     case = at_least_two_tokens(case)
-    pair = prepare(trial, case)
+    pair = _training_pair(trial, case)
     groups = trial.family.parameter_groups
     assert groups is not None  # the check needs parameter_groups
     labels = port_labels(trial, pair.batch.tokens, pair.batch.targets)
@@ -158,7 +167,8 @@ def initialisation(trial: Trial, case: Case) -> dict[str, float]:
         layout = layout_of(trial, case)
         if layout is None:
             raise Skip("the port's tensors have names of their own, and its loader does not tell which is which")
-        named = layout.arrange(theirs)
+        named = {name: tensor[:, layout.known(name)] for name, tensor in layout.arrange(theirs).items()}
+        ours = {name: tensor[:, layout.known(name)] for name, tensor in ours.items() if name in named}
     largest = 0.0
     for name, expected in named.items():
         actual = ours[name]
@@ -261,9 +271,14 @@ def gradient_checkpointing(trial: Trial, case: Case) -> dict[str, float]:
     labels = port_labels(trial, pair.batch.tokens, pair.batch.targets)
     model.train()
 
+    masked = {}
+    if "masks" in trial.family.features and not lacks(trial.port, "masks.left_padding"):
+        masked = {"attention_mask": torch.ones_like(pair.batch.tokens)}
+        masked["attention_mask"][0, 0] = 0
+
     def gradients() -> dict[str, torch.Tensor]:
         torch.manual_seed(case.seed)
-        return port_gradients(trial, pair, labels)
+        return port_gradients(trial, pair, labels, **masked)
 
     plain, configuration, cached = gradients(), _configuration(model), _returns_cache(trial, pair)
     model.gradient_checkpointing_enable()
@@ -347,7 +362,7 @@ def parameter_groups(trial: Trial, case: Case) -> dict[str, float]:
     }
     layout = layout_of(trial, case) if theirs.keys() != ours.keys() else None
     if layout is not None and decays.keys() == layout.sources.keys():
-        theirs = layout.arrange(decays)
+        theirs = {name: tensor[layout.known(name)] for name, tensor in layout.arrange(decays).items()}
     if theirs.keys() != ours.keys():
         odd = sorted(theirs.keys() ^ ours.keys())
         raise Mismatch(f"original and port do not optimise the same parameters: {odd[0]} is in one only")
@@ -357,10 +372,10 @@ def parameter_groups(trial: Trial, case: Case) -> dict[str, float]:
     return {"parameters": float(len(ours))}
 
 
-def port_gradients(trial: Trial, pair: Pair, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+def port_gradients(trial: Trial, pair: Pair, labels: torch.Tensor, **options: Any) -> dict[str, torch.Tensor]:
     """Gradients of the port's loss by parameter name, on the CPU; zeros where the loss does not depend on it."""
     pair.port.zero_grad()
-    training_loss(trial, pair.port, pair.batch.tokens, labels).backward()
+    training_loss(trial, pair.port, pair.batch.tokens, labels, **options).backward()
     return _collected(pair.port)
 
 

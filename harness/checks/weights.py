@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fnmatch
 import logging
 import os
 import warnings
@@ -21,7 +20,7 @@ from harness.checks.loss import at_least_two_tokens
 from harness.errors import DescriptionError, Mismatch, Skip
 from harness.layout import layout_of
 from harness.numerics import FLOAT32_INSIDE_BOUND, relative_error
-from harness.ports import first_line, shortened
+from harness.ports import first_line, lacks, shortened
 from harness.routes import carry, checkpoint
 from harness.routes.pretrained import load, save
 from harness.trial import (
@@ -189,6 +188,12 @@ def back_to_original(trial: Trial, case: Case) -> dict[str, float]:
     for key, tensor in original.state_dict().items():
         if not torch.equal(again.state_dict()[key], tensor):
             raise Mismatch(f"{key} is not what it was after original -> port -> original")
+    if trial.family.resume is not None:
+        try:
+            trial.family.resume(again, str(path))
+        except Exception as error:  # whatever the original's training does not like about the file
+            reason = f"{type(error).__name__}: {first_line(error)}"
+            raise Mismatch(f"the original's training does not resume from the file: {reason}") from None
     return {}
 
 
@@ -474,8 +479,7 @@ def _declared(trial: Trial, case: Case, config: Any) -> Iterator[str]:
 
 def _require_loss(trial: Trial, port: Any, tokens: torch.Tensor, vocabulary: int) -> None:
     """Raises Mismatch unless the loss takes the last token of a resized vocabulary for a label."""
-    lacking = any(fnmatch.fnmatch("loss.value", pattern) for pattern in trial.port.lacks)
-    if lacking or "loss" not in trial.family.features:
+    if lacks(trial.port, "loss.value") or "loss" not in trial.family.features:
         return
     labels = torch.full_like(tokens, vocabulary - 1)
     try:

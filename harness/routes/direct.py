@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING
 
 import torch
@@ -29,6 +30,10 @@ def load_tensors(trial: Trial, model: torch.nn.Module, original: torch.nn.Module
     A buffer of the original, such as a table of ones that masks, needs no place. A port whose `load` is not state_dict
     may have names of its own: then the route is skipped.
     """
+    if getattr(model, "_load_state_dict_pre_hooks", None):
+        with contextlib.suppress(RuntimeError, KeyError):  # then by name, to say what has no place
+            model.load_state_dict(original.state_dict())  # a port may translate names itself
+            return
     trained = {name for name, _ in original.named_parameters(remove_duplicate=False)}
     named = {trial.family.port_key(key): (key, tensor) for key, tensor in original.state_dict().items()}
     places = set(model.state_dict())

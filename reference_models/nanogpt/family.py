@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 from harness.errors import DescriptionError
 from harness.families import Family, Fields, LossConvention, Tap
@@ -118,6 +119,19 @@ def read_checkpoint(path: str) -> tuple[Fields, dict[str, torch.Tensor]]:
     return checkpoint["model_args"], {key.removeprefix("_orig_mod."): tensor for key, tensor in state.items()}
 
 
+def resume(module: torch.nn.Module, path: str) -> None:
+    """What train.py does with the rest of a file: the state of its AdamW, its step, its best loss."""
+    import torch
+
+    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    optimizer = module.configure_optimizers(0.1, 6e-4, (0.9, 0.95), "cpu")  # type: ignore[operator]
+    optimizer.load_state_dict(checkpoint["optimizer"])
+    decays = [group["weight_decay"] for group in optimizer.param_groups]
+    if not decays[0] > decays[1] == 0:
+        raise ValueError(f"the weight decay would be {decays[0]} of matrices and {decays[1]} of gains and offsets")
+    int(checkpoint["iter_num"]), float(checkpoint["best_val_loss"])
+
+
 def checkpoint_dialects(module: torch.nn.Module, fields: Fields, directory: Path) -> Mapping[str, Path]:
     """The same model as revisions of train.py from the first to today's write it, by what is different in the file."""
     import torch
@@ -125,8 +139,10 @@ def checkpoint_dialects(module: torch.nn.Module, fields: Fields, directory: Path
     tensors = module.state_dict()
     causal = torch.ones(fields["block_size"], fields["block_size"]).tril()[None, None]
     masks = {f"transformer.h.{layer}.attn.bias": causal for layer in range(fields["n_layer"])}
+    optimizer = module.configure_optimizers(0.1, 6e-4, (0.9, 0.95), "cpu")  # type: ignore[operator]
     plain = {
         "model": tensors,
+        "optimizer": optimizer.state_dict(),
         "model_args": dict(fields),
         "iter_num": 3,
         "best_val_loss": torch.tensor(2.5),
@@ -151,6 +167,10 @@ def checkpoint_dialects(module: torch.nn.Module, fields: Fields, directory: Path
     paths = {name: directory / f"{number}.pt" for number, name in enumerate(files)}
     for name, path in paths.items():
         torch.save(files[name], path)
+    # What a GPU writes names it as the place to load to.
+    with mock.patch("torch.serialization.location_tag", return_value="cuda:0"):
+        paths["tensors of a GPU"] = directory / "gpu.pt"
+        torch.save(plain, paths["tensors of a GPU"])
     return paths
 
 
@@ -212,6 +232,7 @@ FAMILY = Family(
     write_checkpoint=write_checkpoint,
     read_checkpoint=read_checkpoint,
     checkpoint_dialects=checkpoint_dialects,
+    resume=resume,
     checkpoint_name="ckpt.pt",
     generate_original=generate_original,
     mutants="reference_models.nanogpt.mutants:MUTANTS",

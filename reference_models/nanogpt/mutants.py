@@ -294,6 +294,20 @@ POSITIONS = (
         "past + length > block_size:",
         "length > block_size:",
     ),
+    _model(
+        "embeds-detached",
+        "no gradient reaches inputs_embeds",
+        "forward.inputs_embeds",
+        "            inputs_embeds = self.wte(input_ids)\n",
+        "            inputs_embeds = self.wte(input_ids)\n        else:\n            inputs_embeds = inputs_embeds.detach()\n",
+    ),
+    _model(
+        "loss-logit-clamp",
+        "logits are clipped to 30 before the loss",
+        "forward.large_scale",
+        "logits.reshape(-1, vocab_size).to(torch",
+        "logits.reshape(-1, vocab_size).clamp(-30, 30).to(torch",
+    ),
 )
 
 CACHE = (
@@ -656,6 +670,13 @@ LOSS = (
         "        if past_key_values is not None:\n            if not TRANSFORMERS_5",
         "        self.eval()\n        if past_key_values is not None:\n            if not TRANSFORMERS_5",
     ),
+    _model(
+        "cache-ignored-training",
+        "generate() of a model in training forgets what is cached",
+        "loss.pure",
+        "        if past_key_values is not None:\n            key, value",
+        "        if past_key_values is not None and not self.training:\n            key, value",
+    ),
 )
 
 TRAINING = (
@@ -801,6 +822,34 @@ TRAINING = (
         "self.wte = nn.Embedding(config.vocab_size, config.n_embd)",
         "self.wte = nn.Embedding(config.vocab_size, config.n_embd, padding_idx=config.pad_token_id)",
     ),
+    _model(
+        "zloss-training",
+        "training adds a term to the loss that the original does not have",
+        "training.gradients loss.value",
+        "            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)\n",
+        "            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)\n            if self.training:\n                loss = loss + 1e-2 * logits.float().logsumexp(-1).pow(2).mean()\n",
+    ),
+    _model(
+        "positions-ignore-mask-training",
+        "positions are counted over padding while training",
+        "training.gradients_masked",
+        "if attention_mask is not None and attention_mask.ndim == 2:\n            # Wherever",
+        "if attention_mask is not None and attention_mask.ndim == 2 and not self.training:\n            # Wherever",
+    ),
+    _model(
+        "checkpointing-drops-mask",
+        "gradient checkpointing leaves the mask behind",
+        "training.gradient_checkpointing",
+        "                attention_mask=mask,\n",
+        "                attention_mask=None if self.gradient_checkpointing and self.training else mask,\n",
+    ),
+    _model(
+        "mlp-no-grad-in-training",
+        "the feed-forward part passes no gradient on while training",
+        "training.gradients",
+        "        output: Tensor = self.dropout(self.c_proj(self.gelu(self.c_fc(hidden_states))))",
+        "        output: Tensor = self.dropout(self.c_proj(self.gelu(self.c_fc(hidden_states.detach() if self.training else hidden_states))))",
+    ),
 )
 
 PRECISION = (
@@ -847,6 +896,13 @@ PRECISION = (
         "precision.long_positions",
         "return (torch.arange(length, device=inputs_embeds.device) + past).unsqueeze(0)",
         "return (torch.arange(length, device=inputs_embeds.device, dtype=inputs_embeds.dtype) + past).long().unsqueeze(0)",
+    ),
+    _model(
+        "mask-cumsum-model-dtype",
+        "a mask is counted in the model's dtype: wrong above 256 in bfloat16",
+        "precision.long_positions",
+        "return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]",
+        "return (attention_mask.to(inputs_embeds.dtype).cumsum(-1) - 1).clamp(min=0).long()[:, -length:]",
     ),
 )
 
@@ -1016,6 +1072,20 @@ FILES = (
         "remote_code.base_model",
         '"AutoModel": f"{module}.NanoGPTModel"',
         '"AutoModel": f"{module}.NanoGPTLMHeadModel"',
+    ),
+    _model(
+        "missing-biases-unreported",
+        "weights that a file lacks are not reported",
+        "roundtrip.incomplete",
+        '    _input_embed_layer = "wte"\n',
+        '    _input_embed_layer = "wte"\n    _keys_to_ignore_on_load_missing = [r"bias", r"wpe"]\n',
+    ),
+    _model(
+        "save-leaves-eval",
+        "save_pretrained switches a model in training to evaluation",
+        "roundtrip.dtype",
+        "        return super().save_pretrained(save_directory, *args, **kwargs)\n",
+        "        self.eval()\n        return super().save_pretrained(save_directory, *args, **kwargs)\n",
     ),
 )
 
@@ -1271,6 +1341,20 @@ CONFIGURATION = (
         "        dropout: float = 0.0,\n",
         "        dropout: float = 0.1,\n",
     ),
+    _config(
+        "eos-ignored",
+        "eos_token_id is accepted and dropped",
+        "config.json_round_trip",
+        '"eos_token_id": eos_token_id',
+        '"eos_token_id": None',
+    ),
+    _config(
+        "pad-bos-swapped",
+        "pad and bos tokens have changed places",
+        "config.json_round_trip",
+        '"bos_token_id": bos_token_id,\n            "eos_token_id": eos_token_id,\n            "pad_token_id": pad_token_id',
+        '"bos_token_id": pad_token_id,\n            "eos_token_id": eos_token_id,\n            "pad_token_id": bos_token_id',
+    ),
 )
 
 CONVERTER = (
@@ -1440,6 +1524,34 @@ CONVERTER = (
         "weights.evaluation_mode",
         "        model.eval()\n        return model\n",
         "        model.train()\n        return model\n",
+    ),
+    _checkpoint(
+        "map-location-removed",
+        "a file that a GPU wrote is loaded to that GPU",
+        "weights.dialects",
+        'map_location="cpu", weights_only',
+        "weights_only",
+    ),
+    _checkpoint(
+        "optimizer-refused",
+        "a file with an optimizer, as train.py writes it, is refused",
+        "weights.dialects",
+        '    for key in ("model", "model_args"):\n',
+        '    if extra := sorted(set(contents) - {"model", "model_args", "iter_num", "best_val_loss", "config"}):\n        raise CheckpointError(path, f"unknown entries {extra}")\n    for key in ("model", "model_args"):\n',
+    ),
+    _checkpoint(
+        "export-one-group",
+        "the written optimizer has one group: train.py cannot resume",
+        "weights.back_to_original",
+        'parameter.dim() >= 2], "weight_decay": 0.1},\n        {"params": [parameter for parameter in parameters if parameter.dim() < 2], "weight_decay": 0.0},\n',
+        'parameter.dim() >= 0], "weight_decay": 0.1},\n',
+    ),
+    _checkpoint(
+        "export-no-optimizer",
+        "no optimizer is written: train.py cannot resume",
+        "weights.back_to_original",
+        '        "optimizer": _fresh_optimizer_state(tensors),\n',
+        "",
     ),
 )
 

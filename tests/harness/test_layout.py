@@ -127,6 +127,12 @@ def test_single_numbers_are_arranged_too() -> None:
     assert layout.arrange(tensors)["both"].tolist() == [[4.0, 1.0, 3.0], [6.0, 2.0, 5.0]]
 
 
+def test_zeros_that_fill_up_are_known_to_be_none_of_the_originals() -> None:
+    layout = Layout(sources={"table": torch.Size([2])}, places={"padded": torch.tensor([0, 1, 2, 2])}, added=())
+    assert layout.arrange({"table": torch.tensor([3.0, 4.0])})["padded"].tolist() == [3.0, 4.0, 0.0, 0.0]
+    assert layout.known("padded").tolist() == [True, True, False, False]
+
+
 def test_the_reference_port_is_arranged_as_its_original(trial: Trial) -> None:
     (port,) = (port for port in read_ports(Path(__file__).parents[2]) if port.name == "nanogpt")
     plain = dataclasses.replace(trial, port=port)

@@ -302,6 +302,38 @@ def test_what_is_skipped_says_why(tmp_path: Path, plain_port: PlainPort) -> None
     assert all(result.examples == 0 for result in results)
 
 
+def test_a_port_that_lacks_the_check_of_a_route_lacks_the_route(tmp_path: Path, plain_port: PlainPort) -> None:
+    port = plain_port(tmp_path, lacks={"roundtrip.*": "a plain module", "remote_code.*": "a plain module"})
+    results = check_parity(port, checks=["forward.logits"], backends=["torch-cpu"])
+    assert {result.route: result.status for result in results} == {
+        "direct": "passed",
+        "pretrained": "skipped",
+        "remote_code": "skipped",
+    }
+
+
+def test_a_port_may_translate_names_when_it_loads(tmp_path: Path, plain_port: PlainPort) -> None:
+    renaming = """
+def __init__(self, config):
+    super().__init__(config)
+    self.body = self.transformer
+    del self.transformer
+    self._register_load_state_dict_pre_hook(self.rename)
+
+@staticmethod
+def rename(state, *_):
+    for name in list(state):
+        state[name.replace("transformer.", "body.")] = state.pop(name)
+
+@property
+def transformer(self):
+    return self.body
+"""
+    port = plain_port(tmp_path, more=renaming)
+    results = check_parity(port, checks=["forward.lengths", "training.gradients"], backends=["torch-cpu"])
+    assert results[0].status == "passed", results[0].reason
+
+
 def test_an_expected_failure_gives_both_reasons_and_an_unexpected_pass_is_bad(
     tmp_path: Path, plain_port: PlainPort
 ) -> None:
