@@ -44,14 +44,13 @@ def capture(
                 seen[name] = output.clone()  # a later sum in place would change it
 
             try:
-                handle = module.get_submodule(path).register_forward_hook(keep)
+                place = module.get_submodule(path)
             except AttributeError:
                 raise Mismatch(f"{type(module).__name__} has no submodule '{path}', for '{name}'") from None
-            hooks.callback(handle.remove)
-            for part in list(module.get_submodule(path).modules())[1:]:
-                ran = part.register_forward_hook(lambda *_, name=name: parted.add(name))
-                hooks.callback(ran.remove)
+            hooks.callback(place.register_forward_hook(keep).remove)
+            for part in list(place.modules())[1:] if in_parts else ():
+                hooks.callback(part.register_forward_hook(lambda *_, name=name: parted.add(name)).remove)
         outputs = call()
-    if silent := set(places) - set(seen) - (parted if in_parts else set()):
+    if silent := set(places) - set(seen) - parted:
         raise Mismatch(f"{type(module).__name__} did not run the submodules of {', '.join(sorted(silent))}")
     return outputs, seen

@@ -38,7 +38,7 @@ def parametrize_with_checks(ports: Sequence[Port], **options: Any) -> Callable[[
 
     chosen = Options(**options)
     items = plan(ports, chosen)
-    names = [f"{item.port.name}-{item.check.id}[{item.variant}]" for item in items]
+    names = [f"{item.port.name}-{item.id}" for item in items]
 
     def decorate(test: Test) -> Test:
         checks = [BoundCheck(item, chosen) for item in items]

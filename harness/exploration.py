@@ -79,7 +79,7 @@ def explore(
         derandomize=False,
         database=_example_database() if database is not None else None,
         deadline=None,
-        phases=[*([Phase.reuse] if database is not None else []), Phase.generate, Phase.shrink],
+        phases=[Phase.reuse, Phase.generate, Phase.shrink],
         suppress_health_check=list(HealthCheck),
         report_multiple_bugs=False,
         print_blob=False,

@@ -117,7 +117,7 @@ def planned_for(config: pytest.Config) -> tuple[list[Item], Options]:
         options = options_of(config)
         require_backends(options)
         planned = plan(ports_of(config), options)
-        ids = [f"parity::{item.port.name}::{item.check.id}[{item.variant}]" for item in planned]
+        ids = [f"parity::{item.port.name}::{item.id}" for item in planned]
         for chosen in config.stash[_selected]:
             if not any(_is_selected(nodeid, [chosen]) for nodeid in ids):
                 raise DescriptionError(f"'{chosen}' is no check of a described port{nearest(chosen, ids)}")
@@ -145,8 +145,7 @@ class Collected(pytest.Collector):
                 yield Collected.from_parent(self, name=name, planned=own, options=self.options)
             return
         for item in self.planned:
-            name = f"{item.check.id}[{item.variant}]"
-            yield CheckItem.from_parent(self, name=name, item=item, options=self.options)
+            yield CheckItem.from_parent(self, name=item.id, item=item, options=self.options)
 
 
 class CheckItem(pytest.Item):

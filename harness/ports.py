@@ -257,12 +257,9 @@ def require_classes(port: Port) -> None:
         spec = getattr(port, key)
         if spec is None:
             continue
-        try:
-            found = load_object(spec, root=port.root)
-        except Mismatch:
+        found = _described(port, spec, f"{key} =")
+        if found is None:
             continue
-        except DescriptionError as error:
-            raise DescriptionError(f"port '{port.name}': {key} = {error}") from None
         if not isinstance(found, type):
             raise DescriptionError(f"port '{port.name}': {key} = '{spec}' is a {type(found).__name__}, not a class")
         if key != "config" and not (hasattr(found, "state_dict") or hasattr(found, "parameters")):
@@ -272,15 +269,19 @@ def require_classes(port: Port) -> None:
                 f"port '{port.name}': config = '{spec}' is not a configuration class: it has no to_dict()"
             )
     spec = converter_spec(port)
-    if spec is not None:
-        try:
-            found = load_object(spec, root=port.root)
-        except Mismatch:
-            return
-        except DescriptionError as error:
-            raise DescriptionError(f"port '{port.name}': load = '{port.load}': {error}") from None
-        if not callable(found):
-            raise DescriptionError(f"port '{port.name}': load = '{port.load}': '{spec}' cannot be called")
+    found = None if spec is None else _described(port, spec, f"load = '{port.load}':")
+    if found is not None and not callable(found):
+        raise DescriptionError(f"port '{port.name}': load = '{port.load}': '{spec}' cannot be called")
+
+
+def _described(port: Port, spec: str, key: str) -> Any:
+    """What a spec of a description names; None where its code cannot be imported."""
+    try:
+        return load_object(spec, root=port.root)
+    except Mismatch:
+        return None
+    except DescriptionError as error:
+        raise DescriptionError(f"port '{port.name}': {key} {error}") from None
 
 
 def _top_level_names(path: Path) -> list[str]:

@@ -106,6 +106,11 @@ class Item:
         return f"{self.route}-{self.backend}-{self.dtype}"
 
     @property
+    def id(self) -> str:
+        """The item's id below its port."""
+        return f"{self.check.id}[{self.variant}]"
+
+    @property
     def in_fresh_process(self) -> bool:
         """Whether the model under test runs in another process."""
         return "remote_code" in (self.route, self.check.id.partition(".")[0])
@@ -225,10 +230,25 @@ def _with_expectation(item: Item, result: Result) -> Result:
     return result
 
 
+def trial_of(item: Item, shared: Session, directory: Path) -> Trial:
+    """What a check of the item is given, with an empty directory of its own below `directory`."""
+    from harness.trial import Trial
+
+    return Trial(
+        port=item.port,
+        family=item.family,
+        route=item.route,
+        backend=item.backend,
+        dtype=item.dtype,
+        workdir=Path(tempfile.mkdtemp(dir=directory)),
+        sandbox=shared.sandbox,
+    )
+
+
 def _explore(item: Item, options: Options, shared: Session, directory: Path) -> Result:
     """Draws cases until one fails, and shrinks that one."""
     from harness.exploration import explore
-    from harness.trial import Trial, worst
+    from harness.trial import worst
 
     started = time.perf_counter()
     function = function_of(item.check)
@@ -236,15 +256,7 @@ def _explore(item: Item, options: Options, shared: Session, directory: Path) -> 
     skipped: list[str] = []
 
     def trial() -> Trial:
-        return Trial(
-            port=item.port,
-            family=item.family,
-            route=item.route,
-            backend=item.backend,
-            dtype=item.dtype,
-            workdir=Path(tempfile.mkdtemp(dir=directory)),
-            sandbox=shared.sandbox,
-        )
+        return trial_of(item, shared, directory)
 
     def attempt(case: Case) -> None:
         try:
@@ -257,7 +269,7 @@ def _explore(item: Item, options: Options, shared: Session, directory: Path) -> 
         cases(item.family),
         examples=_examples(item) * PROFILES[options.profile],
         seed=seed_of(item, options),
-        database=f"{item.port.name}::{item.check.id}[{item.variant}]" if options.profile == "nightly" else None,
+        database=f"{item.port.name}::{item.id}" if options.profile == "nightly" else None,
         shrink_seconds=options.shrink_seconds,
     )
     examples = len(passed) + (failure.attempts if failure else 0)
@@ -275,8 +287,6 @@ def _examples(item: Item) -> int:
 
 def replay(port: Port, case: Case, recorded: Mapping[str, Any]) -> Result:
     """What becomes of a recorded failure's one case now. Raises DescriptionError for a check that does not exist."""
-    from harness.trial import Trial
-
     check = next((check for check in CATALOGUE if check.id == recorded["check"]), None)
     if check is None:
         raise DescriptionError(f"there is no check '{recorded['check']}'{nearest(recorded['check'], check_ids())}")
@@ -286,7 +296,7 @@ def replay(port: Port, case: Case, recorded: Mapping[str, Any]) -> Result:
     if reason := unavailable(item.backend):
         raise NotHere(f"{reason}; the failure was recorded on {item.backend}")
     with session() as shared, contained():
-        trial = Trial(port=port, family=item.family, workdir=shared.root, sandbox=shared.sandbox, **where)
+        trial = trial_of(item, shared, shared.root)
         try:
             metrics = _run_check(function_of(check), trial, case)
         except Skip as skip:

@@ -19,7 +19,7 @@ from harness.cases.batches import Batch, draw_batch
 from harness.cases.weights import sensitising_state
 from harness.errors import DescriptionError, Mismatch
 from harness.families import Family, Fields, nearest
-from harness.ports import Port, load_object
+from harness.ports import Port, lacks, load_object
 
 if TYPE_CHECKING:
     from harness.sandbox import Sandbox
@@ -140,11 +140,25 @@ def call_port(trial: Trial, model: torch.nn.Module, tokens: torch.Tensor | None,
 
 
 def _require_taken(model: torch.nn.Module, names: Iterable[str]) -> None:
+    for name in names:
+        if not takes(model, name, by_keywords=True):
+            raise Mismatch(f"forward takes no '{name}'; a port of this family does, or declares what it lacks")
+
+
+def takes(model: torch.nn.Module, name: str, *, by_keywords: bool = False) -> bool:
+    """Whether a model's forward has a parameter of that name, or, `by_keywords`, takes any keyword."""
     parameters = inspect.signature(model.forward).parameters
-    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
-        for name in names:
-            if name not in parameters:
-                raise Mismatch(f"forward takes no '{name}'; a port of this family does, or declares what it lacks")
+    return name in parameters or (by_keywords and any(p.kind is p.VAR_KEYWORD for p in parameters.values()))
+
+
+def is_asked(trial: Trial, feature: str, check: str) -> bool:
+    """Whether the family has a feature, and the port does not say that it lacks the check of it."""
+    return feature in trial.family.features and not lacks(trial.port, check)
+
+
+def field_known_by(trial: Trial, fields: Fields, name: str) -> str | None:
+    """The original's name, among `fields`, of the field that transformers knows by this name."""
+    return next((field for field in fields if name in (field, *trial.family.fields.get(field, ()))), None)
 
 
 def outputs_of(trial: Trial, output: Any) -> dict[str, Any]:

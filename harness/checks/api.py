@@ -22,6 +22,7 @@ from harness.trial import (
     Trial,
     call_port,
     config_class,
+    field_known_by,
     initial_original,
     original_model,
     port_class,
@@ -30,6 +31,7 @@ from harness.trial import (
     prepare,
     require_semantics,
     run_original,
+    takes,
     worst,
 )
 
@@ -117,7 +119,7 @@ def configured_outputs(trial: Trial, case: Case) -> dict[str, float]:
     obeyed = {
         option: _obeys(trial, model, tokens, option, field)
         for option, field in (("output_hidden_states", "hidden_states"), ("output_attentions", "attentions"))
-        if _takes(model, option)
+        if takes(model, option, by_keywords=True)
     }
     followed = [option for option, verdict in obeyed.items() if verdict]
     ignored = [option for option, verdict in obeyed.items() if verdict is False]
@@ -146,7 +148,7 @@ def _obeys_return_dict(trial: Trial, model: Any, tokens: torch.Tensor) -> tuple[
         return False, False
     if not plain or not torch.equal(plain[0], logits):
         raise Mismatch("config.return_dict=False: the first entry of the tuple is not the logits")
-    if _takes(model, "return_dict"):
+    if takes(model, "return_dict", by_keywords=True):
         asked = _call(trial, model, tokens, return_dict=False)
         if isinstance(asked, tuple) and len(asked) != len(plain):
             raise Mismatch(
@@ -277,9 +279,10 @@ def logits_to_keep(trial: Trial, case: Case) -> dict[str, float]:
     positions = torch.arange(0, tokens.shape[1], 2)
     counts: dict[int, torch.Tensor] = {0: full} | {n: full[:, -n:] for n in (1, 2, 3) if n <= tokens.shape[1]}
     for count, expected in counts.items():
-        _require_kept(trial, f"logits_to_keep={count}", _kept(trial, pair.port, tokens, count), expected)
-    kept = _kept(trial, pair.port, tokens, positions)
-    _require_kept(trial, f"logits_to_keep={positions.tolist()}", kept, full[:, positions])
+        kept = port_logits(trial, pair.port, tokens, logits_to_keep=count)
+        require_semantics(trial, f"logits with logits_to_keep={count}", kept, expected)
+    kept = port_logits(trial, pair.port, tokens, logits_to_keep=positions)
+    require_semantics(trial, f"logits with logits_to_keep={positions.tolist()}", kept, full[:, positions])
     older = "num_logits_to_keep"
     if _names(pair.port, older):
         for count, expected in counts.items():
@@ -287,21 +290,13 @@ def logits_to_keep(trial: Trial, case: Case) -> dict[str, float]:
                 kept = port_logits(trial, pair.port, tokens, **{older: count})
             except (TypeError, ValueError):  # a port may know the older name in order to refuse it
                 continue
-            _require_kept(trial, f"{older}={count}", kept, expected)
+            require_semantics(trial, f"logits with {older}={count}", kept, expected)
     return {}
-
-
-def _kept(trial: Trial, model: torch.nn.Module, tokens: torch.Tensor, keep: int | torch.Tensor) -> torch.Tensor:
-    return port_logits(trial, model, tokens, logits_to_keep=keep)
-
-
-def _require_kept(trial: Trial, option: str, actual: torch.Tensor, expected: torch.Tensor) -> None:
-    require_semantics(trial, f"logits with {option}", actual, expected)
 
 
 def _names(model: torch.nn.Module, word: str) -> bool:
     """Whether the port's forward knows a keyword by name: as a parameter, or as one it takes out of its keywords."""
-    if word in inspect.signature(model.forward).parameters:
+    if takes(model, word):
         return True
     code = getattr(inspect.unwrap(model.forward), "__code__", None)
     return word in getattr(code, "co_consts", ())
@@ -412,14 +407,8 @@ def _call(trial: Trial, model: torch.nn.Module, tokens: torch.Tensor, **options:
 
 def known_by(trial: Trial, case: Case, name: str) -> Any:
     """The case's value of the field that the library knows by this name; None where the family has no such field."""
-    field = field_known_by(trial, name)
-    return None if field is None else case.fields.get(field)
-
-
-def field_known_by(trial: Trial, name: str) -> str | None:
-    """The original's name of the field that the library knows by this name."""
-    fields = trial.family.fields
-    return next((field for field, names in fields.items() if name in (field, *names)), None)
+    field = field_known_by(trial, case.fields, name)
+    return None if field is None else case.fields[field]
 
 
 def base_model(model: Any) -> Any:
@@ -439,20 +428,14 @@ def is_offered(base: Any) -> bool:
 
 def _takes_return_dict(base: Any) -> bool:
     """Whether a base model promises return_dict: by a parameter, or by keywords if it is there for callers."""
-    parameters = inspect.signature(base.forward).parameters
-    named = "input_ids" in parameters and "return_dict" in parameters
-    return named or (is_offered(base) and _takes(base, "return_dict"))
-
-
-def _takes(model: Any, name: str) -> bool:
-    parameters = inspect.signature(model.forward).parameters
-    return name in parameters or any(each.kind is each.VAR_KEYWORD for each in parameters.values())
+    named = takes(base, "input_ids") and takes(base, "return_dict")
+    return named or (is_offered(base) and takes(base, "return_dict", by_keywords=True))
 
 
 def _at_least_two_layers(trial: Trial, case: Case) -> Case:
     """The case with two layers where it has one, if the original can be built so."""
-    field = field_known_by(trial, "num_hidden_layers")
-    if field is None or case.fields.get(field) != 1:
+    field = field_known_by(trial, case.fields, "num_hidden_layers")
+    if field is None or case.fields[field] != 1:
         return case
     deeper = {**case.fields, field: 2}
     try:

@@ -17,6 +17,7 @@ from harness.trial import (
     call_port,
     config_class,
     draw,
+    field_known_by,
     initial_original,
     place,
     port_class,
@@ -265,7 +266,7 @@ def common_names(trial: Trial, case: Case) -> dict[str, float]:
     if not any(hasattr(config, common) for common in COMMON_NAMES if common not in case.fields):
         raise Skip("the configuration has names of its own alone (an attribute_map would add the common ones)")
     for common in COMMON_NAMES:
-        field = next((f for f in case.fields if common in (f, *trial.family.fields.get(f, ()))), None)
+        field = field_known_by(trial, case.fields, common)
         if field is None:
             continue
         value, name = case.fields[field], port_field(trial, type(config), field)

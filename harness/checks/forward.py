@@ -3,9 +3,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import inspect
 from collections.abc import Callable
 
 import torch
@@ -15,7 +13,7 @@ from harness.cases import Case
 from harness.checks.loss import at_least_two_tokens, original_targets, port_labels
 from harness.errors import Mismatch, Skip
 from harness.layout import layout_of
-from harness.ports import first_line, lacks
+from harness.ports import first_line
 from harness.routes import carry, logits_by
 from harness.trial import (
     Pair,
@@ -23,6 +21,7 @@ from harness.trial import (
     call_port,
     copied,
     draw,
+    is_asked,
     original_model,
     outputs_of,
     place,
@@ -31,6 +30,7 @@ from harness.trial import (
     require_semantics,
     run_original,
     run_port,
+    takes,
     worst,
 )
 
@@ -104,21 +104,20 @@ def beyond_maximum(trial: Trial, case: Case) -> dict[str, float]:
     port = place(trial, carry(trial, case, original_model(trial, case)))
     tokens = draw(trial, dataclasses.replace(case, tokens=maximum + 1)).tokens
     _refused(maximum, f"{maximum + 1} tokens", lambda: port_logits(trial, port, tokens))
-    if _takes(port, "position_ids"):
-        with contextlib.suppress(ValueError, AssertionError, IndexError):
+    if takes(port, "position_ids"):
+        try:
             port_logits(trial, port, tokens[:1, :1], position_ids=torch.tensor([[maximum]]))
+        except (ValueError, AssertionError, IndexError):
+            pass
+        else:
             raise Mismatch(f"position {maximum} is accepted, the position table ends at {maximum - 1}")
-    if _takes(port, "past_key_values") and "generation" in trial.family.features:
+    if takes(port, "past_key_values") and "generation" in trial.family.features:
         with torch.no_grad():
             cached = getattr(call_port(trial, port, tokens[:, :-1], use_cache=True), "past_key_values", None)
         if cached is not None:
             more = lambda: port_logits(trial, port, tokens[:, -1:], past_key_values=cached, use_cache=True)  # noqa: E731
             _refused(maximum, f"a token behind a cache of {maximum}", more)
     return {}
-
-
-def _takes(model: torch.nn.Module, name: str) -> bool:
-    return name in inspect.signature(model.forward).parameters
 
 
 def _refused(maximum: int, what: str, call: Callable[[], object]) -> None:
@@ -164,7 +163,7 @@ def _scaled(trial: Trial, case: Case, scale: float) -> dict[str, float]:
     baseline = copied(original).to(next(port.parameters()).dtype)
     options = {}
     targets = batch.targets
-    if "loss" in trial.family.features and not lacks(trial.port, "loss.value"):
+    if is_asked(trial, "loss", "loss.value"):
         options = {"labels": port_labels(trial, batch.tokens, batch.targets)}
         targets = original_targets(trial, options["labels"])
     actual = run_port(trial, port, batch.tokens, **options)
@@ -284,7 +283,7 @@ def position_ids(trial: Trial, case: Case) -> dict[str, float]:
     expected = run_original(trial, rolled, tokens, pair.batch.targets)["logits"]
     numbers = []
     for what, mask in (("", None), (" and a mask of ones", torch.ones_like(tokens))):
-        if mask is not None and not ("masks" in trial.family.features and _takes(pair.port, "attention_mask")):
+        if mask is not None and not ("masks" in trial.family.features and takes(pair.port, "attention_mask")):
             continue
         actual = port_logits(trial, pair.port, tokens, position_ids=ids, attention_mask=mask)
         numbers.append(require_semantics(trial, f"logits with position_ids from {shift}{what}", actual, expected))

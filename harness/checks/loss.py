@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from torch.nn import functional
 
 from harness.cases import Case
 from harness.cases.batches import Batch
+from harness.checks.untouched import untouched
 from harness.errors import Mismatch, Skip
 from harness.trial import (
     Pair,
@@ -23,6 +23,7 @@ from harness.trial import (
     require_semantics,
     run_original,
     run_port,
+    takes,
     worst,
 )
 
@@ -83,12 +84,9 @@ def pure(trial: Trial, case: Case) -> dict[str, float]:
     run_port(trial, pair.port, pair.batch.tokens, labels=labels)
     generate: Any = getattr(pair.port, "generate", None)
     if generate is not None and "generation" in trial.family.features:
-        state = _state(pair.port)
         prompt = pair.batch.tokens[:, :1].to(next(pair.port.parameters()).device)
-        in_training = generate(prompt, max_new_tokens=3, do_sample=False)
-        for name, value in _state(pair.port).items():
-            if value != state[name]:
-                raise Mismatch(f"generate() of a model in training changes its {name} for good")
+        with untouched(pair.port, "generate()"):
+            in_training = generate(prompt, max_new_tokens=3, do_sample=False)
         pair.port.eval()
         if not torch.equal(generate(prompt, max_new_tokens=3, do_sample=False), in_training):
             raise Mismatch("generate() of a model in training, without dropout, gives other tokens")
@@ -99,18 +97,6 @@ def pure(trial: Trial, case: Case) -> dict[str, float]:
     return {}
 
 
-def _state(model: torch.nn.Module) -> dict[str, Any]:
-    described: dict[str, Any] = {
-        "config": getattr(model, "config", None),
-        "generation_config": getattr(model, "generation_config", None),
-    }
-    return {
-        "mode": [module.training for module in model.modules()],
-        **{name: value.to_dict() for name, value in described.items() if hasattr(value, "to_dict")},
-        "weights": [parameter._version for parameter in model.parameters()],
-    }
-
-
 def targets(trial: Trial, case: Case) -> dict[str, float]:
     """Where forward takes `targets` too, these are the original's own: its shift, its ignored value, its loss.
 
@@ -118,7 +104,7 @@ def targets(trial: Trial, case: Case) -> dict[str, float]:
     """
     case = at_least_two_tokens(case)
     pair = prepare(trial, case)
-    if "targets" not in inspect.signature(pair.port.forward).parameters:
+    if not takes(pair.port, "targets"):
         raise Skip("forward takes no targets beside labels")
     given = pair.batch.targets.clone()
     given[:, 0] = trial.family.loss.ignore_index

@@ -16,12 +16,12 @@ from harness.checks.training import original_gradients, port_gradients
 from harness.errors import Mismatch, Skip
 from harness.layout import layout_of
 from harness.numerics import require_calibrated
-from harness.ports import lacks
 from harness.trial import (
     Pair,
     Trial,
     copied,
     each_attention,
+    is_asked,
     port_logits,
     prepare,
     run_original,
@@ -41,15 +41,8 @@ def logits(trial: Trial, case: Case) -> dict[str, float]:
     Would have caught: a norm or softmax done in half precision where the original's is not, masks that overflow.
     """
     pair, oracle = _pairs(trial, case)
-    tokens, targets = pair.batch.tokens, pair.batch.targets
-    actual = port_logits(trial, pair.port, tokens)
-    return _calibrated(
-        trial,
-        "logits",
-        actual,
-        _original(trial, pair, tokens, targets, "logits"),
-        run_original(trial, oracle, tokens, targets)["logits"],
-    )
+    actual = port_logits(trial, pair.port, pair.batch.tokens)
+    return _calibrated(trial, "logits", actual, *_logits(trial, pair, oracle))
 
 
 def loss(trial: Trial, case: Case) -> dict[str, float]:
@@ -129,22 +122,14 @@ def long_positions(trial: Trial, case: Case) -> dict[str, float]:
     fields = {**case.fields, trial.family.maximum_length: MANY_POSITIONS}
     case = dataclasses.replace(case, fields=fields, tokens=MANY_POSITIONS)
     pair, oracle = _pairs(trial, case, rows=1)
-    tokens, targets = pair.batch.tokens, pair.batch.targets
-    masks: list[dict[str, torch.Tensor]] = [{}]
-    if "masks" in trial.family.features and not lacks(trial.port, "masks.none_is_ones"):
-        masks.append({"attention_mask": torch.ones_like(tokens)})
-    return worst(
-        *(
-            _calibrated(
-                trial,
-                f"logits of {MANY_POSITIONS} tokens{' with a mask' if mask else ''}",
-                port_logits(trial, pair.port, tokens, **mask),
-                _original(trial, pair, tokens, targets, "logits"),
-                run_original(trial, oracle, tokens, targets)["logits"],
-            )
-            for mask in masks
-        )
-    )
+    tokens = pair.batch.tokens
+    baseline, expected = _logits(trial, pair, oracle)
+    what = f"logits of {MANY_POSITIONS} tokens"
+    numbers = [_calibrated(trial, what, port_logits(trial, pair.port, tokens), baseline, expected)]
+    if is_asked(trial, "masks", "masks.none_is_ones"):
+        actual = port_logits(trial, pair.port, tokens, attention_mask=torch.ones_like(tokens))
+        numbers.append(_calibrated(trial, f"{what} with a mask", actual, baseline, expected))
+    return worst(*numbers)
 
 
 def cache(trial: Trial, case: Case) -> dict[str, float]:
@@ -153,12 +138,9 @@ def cache(trial: Trial, case: Case) -> dict[str, float]:
     Would have caught: a cache kept in a narrower dtype than the model.
     """
     pair, oracle = _pairs(trial, case)
-    tokens, targets = pair.batch.tokens, pair.batch.targets
+    tokens = pair.batch.tokens
     actual = incremental_logits(trial, pair.port, tokens, [1] * tokens.shape[1])
-    baseline = _original(trial, pair, tokens, targets, "logits")
-    return _calibrated(
-        trial, "logits with a cache", actual, baseline, run_original(trial, oracle, tokens, targets)["logits"]
-    )
+    return _calibrated(trial, "logits with a cache", actual, *_logits(trial, pair, oracle))
 
 
 def _pairs(trial: Trial, case: Case, *, rows: int = ROWS) -> tuple[Pair, torch.nn.Module]:
@@ -169,6 +151,12 @@ def _pairs(trial: Trial, case: Case, *, rows: int = ROWS) -> tuple[Pair, torch.n
     oracle = copied(at_dtype).double()
     at_dtype = at_dtype.to(pytorch.device_of(trial.backend))
     return dataclasses.replace(pair, original=at_dtype), oracle
+
+
+def _logits(trial: Trial, pair: Pair, oracle: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+    """The original's logits of the batch at the trial's dtype, and the oracle's."""
+    tokens, targets = pair.batch.tokens, pair.batch.targets
+    return _original(trial, pair, tokens, targets, "logits"), run_original(trial, oracle, tokens, targets)["logits"]
 
 
 def _original(trial: Trial, pair: Pair, tokens: torch.Tensor, targets: torch.Tensor, name: str) -> torch.Tensor:

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import json
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from harness.backends import pytorch
 from harness.cases import Case
+from harness.checks.untouched import WRITTEN_BY_SAVING, untouched
 from harness.errors import Mismatch
 from harness.ports import first_line
 from harness.routes import carry
@@ -33,9 +33,6 @@ from harness.trial import (
 )
 
 SHARD_BYTES = 2048
-
-WRITTEN_BY_SAVING = {"_name_or_path", "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version"}
-"""Fields of a configuration that the library itself sets when it saves."""
 
 
 def pretrained(trial: Trial, case: Case) -> dict[str, float]:
@@ -72,25 +69,18 @@ def dtype(trial: Trial, case: Case) -> dict[str, float]:
     back twice as large; a save that casts the live model, and with it a training run that goes on.
     """
     model = place(trial, carry(trial, case, original_model(trial, case, dtype="float32"))).train()
-    before, settings = copied(model), copy.deepcopy(_settings(model))
+    before = copied(model)
     directory = trial.workdir / "saved"
-    model.save_pretrained(directory)  # type: ignore[operator]
-    numbers = _same_state(model, before, "in the live model after save_pretrained")
-    if any(module.training != was.training for module, was in zip(model.modules(), before.modules(), strict=True)):
-        raise Mismatch("save_pretrained of a model in training mode switches it to evaluation")
-    if changed := [name for name, value in _settings(model).items() if settings.get(name, value) != value]:
-        raise Mismatch(
-            f"save_pretrained changes '{changed[0]}' of the live model's configuration from"
-            f" {settings[changed[0]]!r} to {_settings(model)[changed[0]]!r}"
-        )
+    with untouched(model, "save_pretrained", besides=WRITTEN_BY_SAVING):
+        model.save_pretrained(directory)  # type: ignore[operator]
     held = {tensor.dtype for tensor in before.state_dict().values() if tensor.is_floating_point()}
     for file in sorted(directory.glob("*.safetensors")):
         for name, tensor in load_file(file).items():
             if tensor.is_floating_point() and tensor.dtype not in held:
                 raise Mismatch(f"{name} is {tensor.dtype} in {file.name}, saved from a model in {trial.dtype}")
     loaded = load(trial, directory, dtype="auto")
-    _same_state(loaded, _widened(before, like=loaded), 'after save_pretrained and from_pretrained(dtype="auto")')
-    return numbers
+    what = 'after save_pretrained and from_pretrained(dtype="auto")'
+    return _same_state(loaded, _widened(before, like=loaded), what)
 
 
 def _widened(model: torch.nn.Module, *, like: torch.nn.Module) -> torch.nn.Module:
@@ -103,12 +93,6 @@ def _widened(model: torch.nn.Module, *, like: torch.nn.Module) -> torch.nn.Modul
         if declared and name in theirs and theirs[name].dtype == torch.float32:
             tensor.data = tensor.data.float()
     return model
-
-
-def _settings(model: torch.nn.Module) -> dict[str, Any]:
-    config: Any = getattr(model, "config", None)
-    values: dict[str, Any] = config.to_dict() if hasattr(config, "to_dict") else {}
-    return {name: value for name, value in values.items() if name not in WRITTEN_BY_SAVING}
 
 
 def incomplete(trial: Trial, case: Case) -> dict[str, float]:

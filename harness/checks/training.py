@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,16 +13,17 @@ from harness.cases import Case
 from harness.cases.batches import Padded
 from harness.checks.loss import at_least_two_tokens, original_targets, port_labels, training_loss
 from harness.checks.masks import padded_batch
+from harness.checks.untouched import untouched
 from harness.errors import Mismatch, Skip
 from harness.layout import layout_of
 from harness.numerics import FLOAT32_GRADIENT_BOUND, SEMANTICS_BOUND, relative_error, require_shape
-from harness.ports import lacks
 from harness.trial import (
     Pair,
     Trial,
     call_port,
     each_attention,
     initial_original,
+    is_asked,
     outputs_of,
     place,
     port_class,
@@ -32,6 +32,7 @@ from harness.trial import (
     prepare,
     require_semantics,
     run_original,
+    takes,
     worst,
 )
 
@@ -230,7 +231,7 @@ def _same_spread(trial: Trial, case: Case, pair: Pair, attention: str) -> dict[s
 def _same_with_embeddings(trial: Trial, case: Case, pair: Pair, expected: torch.Tensor) -> None:
     """Token embeddings instead of ids go through the same dropout, as the tuning of prompts needs."""
     model: Any = pair.port
-    if "inputs_embeds" not in inspect.signature(model.forward).parameters:
+    if not takes(model, "inputs_embeds"):
         return
     embedding = model.get_input_embeddings()
     embeds = embedding(pair.batch.tokens.to(embedding.weight.device)).detach()
@@ -272,7 +273,7 @@ def gradient_checkpointing(trial: Trial, case: Case) -> dict[str, float]:
     model.train()
 
     masked = {}
-    if "masks" in trial.family.features and not lacks(trial.port, "masks.left_padding"):
+    if is_asked(trial, "masks", "masks.left_padding"):
         masked = {"attention_mask": torch.ones_like(pair.batch.tokens)}
         masked["attention_mask"][0, 0] = 0
 
@@ -280,34 +281,28 @@ def gradient_checkpointing(trial: Trial, case: Case) -> dict[str, float]:
         torch.manual_seed(case.seed)
         return port_gradients(trial, pair, labels, **masked)
 
-    plain, configuration, cached = gradients(), _configuration(model), _returns_cache(trial, pair)
-    model.gradient_checkpointing_enable()
-    calls = _count_block_calls(model, gradients)
-    numbers = equal_tensors(trial, "gradient with checkpointing", gradients(), plain)
+    plain, cached = gradients(), _returns_cache(trial, pair)
+    with untouched(model, "a step with gradient checkpointing"):
+        model.gradient_checkpointing_enable()
+        calls = _count_block_calls(model, gradients)
+        numbers = equal_tensors(trial, "gradient with checkpointing", gradients(), plain)
     if not calls:
         raise Mismatch("gradient_checkpointing_enable() changes nothing: no block runs again in the backward pass")
     if _returns_cache(trial, pair) != cached:
         raise Mismatch("with gradient checkpointing enabled, evaluation returns no cache any more")
-    if _configuration(model) != configuration:
-        raise Mismatch("a step with gradient checkpointing changes the configuration, which is saved with the model")
     model.gradient_checkpointing_disable()
     return worst(numbers, equal_tensors(trial, "gradient after checkpointing", gradients(), plain))
 
 
 def _returns_cache(trial: Trial, pair: Pair) -> bool:
     """Whether the port in evaluation mode returns a cache when asked to; the mode is left as it was."""
-    if "use_cache" not in inspect.signature(pair.port.forward).parameters:
+    if not takes(pair.port, "use_cache"):
         return False
     training = pair.port.training
     with torch.no_grad():
         output = call_port(trial, pair.port.eval(), pair.batch.tokens, use_cache=True)
     pair.port.train(training)
     return getattr(output, "past_key_values", None) is not None
-
-
-def _configuration(model: Any) -> Any:
-    config: Any = getattr(model, "config", None)
-    return config.to_dict() if hasattr(config, "to_dict") else None
 
 
 def micro_batches(trial: Trial, case: Case) -> dict[str, float]:
@@ -405,18 +400,14 @@ def same_tensors(
 ) -> dict[str, float]:
     """Compares the port's tensors with the original's, by parameter; where the port arranges them otherwise, so."""
     named = {trial.family.port_key(key): tensor for key, tensor in expected.items()}
-    odd = sorted(set(named) ^ set(actual))
-    if not odd:
-        try:
-            return equal_tensors(trial, what, actual, named)
-        except Mismatch:
-            layout = layout_of(trial, case)
-            if layout is None or layout.is_plain(trial):
-                raise
-            return equal_tensors(trial, what, actual, layout.arrange(expected))
-    layout = layout_of(trial, case)
-    if layout is None:
-        raise Mismatch(f"{what}: original and port do not have the same parameters: {odd[0]} is in one only")
+    try:
+        if odd := sorted(set(named) ^ set(actual)):
+            raise Mismatch(f"{what}: original and port do not have the same parameters: {odd[0]} is in one only")
+        return equal_tensors(trial, what, actual, named)
+    except Mismatch:
+        layout = layout_of(trial, case)
+        if layout is None or layout.is_plain(trial):
+            raise
     if layout.added:
         raise Mismatch(f"{what}: the port trains {layout.added[0]} besides, which the original does not have")
     return equal_tensors(trial, what, actual, layout.arrange(expected))

@@ -17,16 +17,18 @@ import torch
 
 from harness.cases import Case
 from harness.checks.loss import at_least_two_tokens
+from harness.checks.untouched import WRITTEN_BY_SAVING, untouched
 from harness.errors import DescriptionError, Mismatch, Skip
 from harness.layout import layout_of
 from harness.numerics import FLOAT32_INSIDE_BOUND, relative_error
-from harness.ports import first_line, lacks, shortened
+from harness.ports import first_line, shortened
 from harness.routes import carry, checkpoint
 from harness.routes.pretrained import load, save
 from harness.trial import (
     Trial,
     copied,
     initial_original,
+    is_asked,
     original_model,
     port_class,
     port_config,
@@ -171,9 +173,8 @@ def back_to_original(trial: Trial, case: Case) -> dict[str, float]:
         raise Skip("the port declares no way back: a method to_... beside its converter from_...")
     path = trial.workdir / ("back-" + trial.family.checkpoint_name)
     port.double().train()  # neither is what an export would make of a model
-    before, modes = _copied_state(port), _modes(port)
-    back(str(path))
-    _require_untouched(port, before, modes)
+    with untouched(port, "writing the file", besides=WRITTEN_BY_SAVING):
+        back(str(path))
     again = copied(original)
     for parameter in again.parameters():
         torch.nn.init.constant_(parameter, float("nan"))
@@ -479,7 +480,7 @@ def _declared(trial: Trial, case: Case, config: Any) -> Iterator[str]:
 
 def _require_loss(trial: Trial, port: Any, tokens: torch.Tensor, vocabulary: int) -> None:
     """Raises Mismatch unless the loss takes the last token of a resized vocabulary for a label."""
-    if lacks(trial.port, "loss.value") or "loss" not in trial.family.features:
+    if not is_asked(trial, "loss", "loss.value"):
         return
     labels = torch.full_like(tokens, vocabulary - 1)
     try:
@@ -491,24 +492,6 @@ def _require_loss(trial: Trial, port: Any, tokens: torch.Tensor, vocabulary: int
         ) from error
     if isinstance(loss, torch.Tensor) and not torch.isfinite(loss):
         raise Mismatch(f"the loss is {float(loss)} after resize_token_embeddings({vocabulary})")
-
-
-def _copied_state(port: torch.nn.Module) -> dict[str, torch.Tensor]:
-    return {key: tensor.clone() for key, tensor in port.state_dict().items()}
-
-
-def _modes(port: torch.nn.Module) -> dict[str, bool]:
-    return {name: module.training for name, module in port.named_modules()}
-
-
-def _require_untouched(port: torch.nn.Module, before: Mapping[str, torch.Tensor], modes: Mapping[str, bool]) -> None:
-    for key, tensor in port.state_dict().items():
-        if tensor.dtype != before[key].dtype:
-            raise Mismatch(f"writing the file turned the live model's {key} from {before[key].dtype} to {tensor.dtype}")
-        if not torch.equal(tensor, before[key]):
-            raise Mismatch(f"writing the file changed the live model's {key}")
-    if switched := [name for name, training in _modes(port).items() if training != modes[name]]:
-        raise Mismatch(f"writing the file switched the live model's {switched[0] or 'mode'} to evaluation")
 
 
 def _numbers(module: torch.nn.Module) -> torch.Tensor:

@@ -56,17 +56,6 @@ def shared() -> Iterator[Session]:
 
 
 @pytest.fixture
-def one_thread() -> Iterator[None]:
-    """One thread for torch: what a second one brings depends on who else uses the machine."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture
 def against(benchmark: Any) -> Against:
     """`against(run, baseline, rounds=N)`: benchmarks `run`, taking turns with `baseline`, and notes their ratio.
 

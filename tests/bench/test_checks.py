@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,26 +19,12 @@ FIELDS = {"block_size": 12, "vocab_size": 37, "n_layer": 2, "n_head": 2, "n_embd
 CASE = Case(fields=FIELDS, rows=2, tokens=9, seed=1)
 
 
-def trial_of(item: Item, shared: Session) -> Trial:
-    from harness.trial import Trial
-
-    return Trial(
-        port=item.port,
-        family=item.family,
-        route=item.route,
-        backend=item.backend,
-        dtype=item.dtype,
-        workdir=Path(tempfile.mkdtemp(dir=shared.root)),
-        sandbox=shared.sandbox,
-    )
-
-
 @pytest.mark.benchmark(group="check, one case")
 @pytest.mark.parametrize("check", CATALOGUE, ids=lambda check: check.id)
 def test_case(benchmark: Any, check: Check, planned: list[Item], shared: Session) -> None:
     from harness.backends.pytorch import numeric_settings
     from harness.errors import Skip
-    from harness.runner import quiet
+    from harness.runner import quiet, trial_of
 
     asked = [item for item in planned if item.check == check]
     if not asked:
@@ -51,7 +36,7 @@ def test_case(benchmark: Any, check: Check, planned: list[Item], shared: Session
     rounds = 3 if check.examples > 1 else 1  # What is asked once is what takes seconds.
 
     def once() -> tuple[tuple[Trial, Case], dict[str, Any]]:
-        return (trial_of(asked[0], shared), CASE), {}
+        return (trial_of(asked[0], shared, shared.root), CASE), {}
 
     with quiet(), numeric_settings():
         try:
@@ -67,11 +52,11 @@ def test_case(benchmark: Any, check: Check, planned: list[Item], shared: Session
 def test_fresh_process(benchmark: Any, way: str, planned: list[Item], shared: Session) -> None:
     """Loading and running a saved model where its code was never imported, in a new interpreter or a forked child."""
     from harness.routes import pretrained, remote_code
-    from harness.runner import quiet
+    from harness.runner import quiet, trial_of
     from harness.trial import draw, original_model
 
     cold = way == "cold"
-    trial = trial_of(planned[0], shared)
+    trial = trial_of(planned[0], shared, shared.root)
     with quiet():
         saved = pretrained.save(trial, CASE, original_model(trial, CASE))
         tokens = {"input_ids": draw(trial, CASE).tokens}

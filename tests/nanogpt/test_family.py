@@ -4,7 +4,6 @@
 import fnmatch
 import re
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,14 +37,7 @@ FIELDS: dict[str, Any] = {
 
 drawn = settings(max_examples=25, deadline=None, database=None, derandomize=True)
 
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tiny models only lose by more threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def original(seed: int = 0, **fields: Any) -> torch.nn.Module:

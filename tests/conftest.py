@@ -1,0 +1,19 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the tests of every room share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """One thread for torch: tiny models only lose by a second, whose use depends on who else is on the machine."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
