@@ -74,6 +74,7 @@ def _add_check(commands: Any) -> None:
     check.add_argument("--seed", type=int, metavar="N", help="draw other cases than the profile's own")
     check.add_argument("--report", type=Path, metavar="DIR", help="write reports and bundles of failures there")
     check.add_argument("--min-checks", type=int, default=0, metavar="N", help="fail when fewer ran for a port")
+    check.add_argument("--time-limit", type=float, default=30.0, metavar="SECONDS", help="of one check (default 30)")
     check.add_argument("--require", action="append", default=[], metavar="BACKEND", help="exit 3 when it is not here")
     check.add_argument("--json", action="store_true", help="print one JSON document and nothing else")
     check.set_defaults(run=_check)
@@ -97,6 +98,7 @@ def _check(arguments: argparse.Namespace) -> int:
         report=arguments.report.resolve() if arguments.report else None,
         min_checks=arguments.min_checks,
         require=arguments.require,
+        time_limit=arguments.time_limit,
     )
     require_backends(options)
     if arguments.model or arguments.family:
@@ -122,7 +124,8 @@ def _check(arguments: argparse.Namespace) -> int:
 
 
 def _port_from(arguments: argparse.Namespace, directory: Path) -> Any:
-    from harness.ports import Port, load_object
+    from harness.isolation import gate
+    from harness.ports import Port
 
     if not (arguments.model and arguments.family):
         raise DescriptionError(
@@ -130,10 +133,10 @@ def _port_from(arguments: argparse.Namespace, directory: Path) -> Any:
         )
     config = arguments.config
     if config is None:
-        cls = getattr(load_object(arguments.model, root=directory), "config_class", None)
-        if cls is None:
+        with gate() as opened:
+            config = opened.configuration_class(arguments.model, directory)
+        if config is None:
             raise DescriptionError(f"{arguments.model} names no config_class; give --config file.py:Class")
-        config = f"{cls.__module__}:{cls.__qualname__}"
     return Port(
         name=arguments.model.rpartition(":")[2],
         family=arguments.family,
@@ -180,13 +183,14 @@ def _repro(arguments: argparse.Namespace) -> int:
     import dataclasses
 
     from harness.bundles import read
+    from harness.isolation import gate
     from harness.report.json_report import plain
     from harness.results import as_json
-    from harness.runner import replay
 
     port, case, recorded = read(arguments.bundle)
     changed = {name: getattr(arguments, name) for name in ("original", "model", "config") if getattr(arguments, name)}
-    result = replay(dataclasses.replace(port, **changed), case, recorded)
+    with gate() as opened:
+        result = opened.replay(dataclasses.replace(port, **changed), case, recorded)
     if arguments.json:
         print(json.dumps(plain(as_json(result)), indent=2))
     else:

@@ -47,5 +47,14 @@ class Mismatch(ParityError):
         self.first_divergence = first_divergence
 
 
+class OutOfTime(Mismatch):
+    """A check's time is up. Raised in the middle of whatever is running; there is none left to shrink or to look."""
+
+
+def says_out_of_memory(kind: str, message: str) -> bool:
+    """Whether an exception of that type and text means that there was no memory left: torch raises RuntimeError."""
+    return kind == "MemoryError" or "allocate memory" in message or "not enough memory" in message
+
+
 class Skip(ParityError):
     """A check cannot say anything here; the message says why. Raised by checks; becomes a skipped result."""

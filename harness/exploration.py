@@ -18,7 +18,7 @@ from hypothesis.errors import FlakyFailure
 from hypothesis.strategies import SearchStrategy
 
 from harness.cases import Case
-from harness.errors import Mismatch
+from harness.errors import Mismatch, OutOfTime
 from harness.ports import first_line
 
 
@@ -62,7 +62,8 @@ def explore(
         try:
             attempt(case)
         except Exception as error:
-            deadline[:] = deadline or [time.monotonic() + shrink_seconds]
+            seconds = 0.0 if isinstance(error, OutOfTime) else shrink_seconds
+            deadline[:] = deadline or [time.monotonic() + seconds]
             failures[key] = (case, error)
             latest.append(key)
             raise

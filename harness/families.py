@@ -133,6 +133,11 @@ def register_family(family: Family) -> Family:
     return family
 
 
+def registered() -> Mapping[str, Family]:
+    """The families that are registered in this process, by name; a copy."""
+    return dict(_registered)
+
+
 def family_names() -> list[str]:
     """Names of every family that is registered or has an entry point, sorted; nothing is imported for it."""
     return sorted({*_registered, *(entry.name for entry in metadata.entry_points(group=ENTRY_POINTS))})

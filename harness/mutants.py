@@ -5,10 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
-import importlib
-import json
 import multiprocessing
-import os
 import queue
 import shutil
 import signal
@@ -17,17 +14,18 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from harness.errors import DescriptionError
 from harness.families import Family
 from harness.ports import Port, load_object
 from harness.results import BAD, Result
 
-VERDICT_SECONDS = 300
-"""How long one mutant may keep the gate busy."""
+if TYPE_CHECKING:
+    from harness.isolation import Gate
+    from harness.runner import Options
 
-Verdict = Literal["killed", "survived", "green", "red", "timeout"]
+Verdict = Literal["killed", "survived", "green", "red"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -131,12 +129,14 @@ def plant(mutant: Mutant, port: Port, directory: Path) -> Port:
     return dataclasses.replace(port, root=directory)
 
 
-def selftest(port: Port, mutants: Sequence[Mutant], *, jobs: int = 2, everything: bool = False) -> Iterator[Trapped]:
+def selftest(
+    port: Port, mutants: Sequence[Mutant], *, jobs: int = 2, everything: bool = False, time_limit: float = 20.0
+) -> Iterator[Trapped]:
     """What becomes of each mutant, as verdicts come in.
 
     Checks expected to kill run first, and a failure among them is the verdict; with `everything` all checks run, so
-    that every killer is known. Each mutant runs in a process of its own, forked from one of `jobs` that have everything
-    imported. Raises DescriptionError before anything runs when an edit does not match.
+    that every killer is known. Each mutant runs in a process of its own, in one of `jobs` gates side by side.
+    time_limit: seconds of one check. Raises DescriptionError before anything runs when an edit does not match.
     """
     for mutant in mutants:
         mutated_source(mutant, port.root)
@@ -145,7 +145,7 @@ def selftest(port: Port, mutants: Sequence[Mutant], *, jobs: int = 2, everything
     for mutant in mutants:
         todo.put(mutant)
     workers = [
-        context.Process(target=_work, args=(port, todo, done, everything), daemon=False)
+        context.Process(target=_work, args=(port, todo, done, everything, time_limit), daemon=False)
         for _ in range(max(1, min(jobs, len(mutants))))
     ]
     for worker in workers:
@@ -172,109 +172,58 @@ def _next(done: Any, workers: Sequence[Any]) -> Trapped:
                 raise DescriptionError("the selftest's workers ended early; run `parity check` to see why") from None
 
 
-def _work(port: Port, todo: Any, done: Any, everything: bool) -> None:
-    import torch
-    from tqdm import tqdm
+def _work(port: Port, todo: Any, done: Any, everything: bool, time_limit: float) -> None:
+    from harness.isolation import gate
+    from harness.runner import Options, plan
 
-    from harness.checks import CATALOGUE, function_of
-    from harness.runner import session
-    from harness.sandbox.server import PRELOAD
-
-    torch.set_num_threads(1)
-    for name in PRELOAD:
-        importlib.import_module(name)  # before forking, so that no mutant pays for it
-    tqdm.get_lock()  # made by a child, which ends without tidying up, it would be left behind
-    for check in CATALOGUE:
-        function_of(check)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
-    with session() as shared:
-        shared.sandbox.warm_up()
+    options = Options(backends=("torch-cpu",), shrink_seconds=0.0, time_limit=time_limit)
+    with gate(plan([port], options)) as opened:
         while True:
             try:
                 mutant = todo.get(timeout=0.5)
             except queue.Empty:
                 return
-            done.put(_verdict(mutant, port, shared, everything))
+            done.put(_verdict(mutant, port, opened, options, everything))
 
 
-def _verdict(mutant: Mutant, port: Port, shared: Any, everything: bool) -> Trapped:
+def _verdict(mutant: Mutant, port: Port, opened: Gate, options: Options, everything: bool) -> Trapped:
     started = time.monotonic()
-    with tempfile.TemporaryDirectory(dir=shared.root) as directory:
-        answer = Path(directory) / "answer.json"
-        child = os.fork()
-        if child == 0:
-            _judge_in_child(mutant, port, shared, everything, Path(directory), answer)
-        ended = _wait(child, VERDICT_SECONDS)
-        if not ended:
-            shared.sandbox.restart()  # an answer to the child may still be on its way to this process
-            shared.sandbox.warm_up()
-        verdicts = json.loads(answer.read_text()) if answer.exists() else []
-    killers = [entry["check"] for entry in verdicts if entry["status"] in BAD]
-    reason = next((entry["reason"] for entry in verdicts if entry["status"] in BAD), "")
-    verdict: Verdict
-    if not ended or not verdicts:
-        # A gate that hangs or dies on a port is red: nobody merges that.
-        verdict, reason = ("red" if mutant.harmless else "killed"), "the gate did not end by itself"
-    elif mutant.harmless:
-        verdict = "red" if killers else "green"
-    else:
-        verdict = "killed" if killers else "survived"
+    with tempfile.TemporaryDirectory() as directory:
+        results = list(_results(mutant, plant(mutant, port, Path(directory)), opened, options, everything))
+    bad = [(result.check, result.reason) for result in results if result.status in BAD]
+    if port.min_checks:
+        # A check that falls silent is one too few, for which the gate is red as well.
+        silent = [result for result in results if result.status == "skipped" and _is_expected(mutant, result.check)]
+        bad += [(result.check, f"fell silent: {result.reason}") for result in silent]
+    killers = list(dict.fromkeys(check for check, _ in bad))
+    verdict: Verdict = ("red" if bad else "green") if mutant.harmless else ("killed" if bad else "survived")
     return Trapped(
         mutant=mutant.id,
         bug=mutant.bug,
         harmless=mutant.harmless,
         verdict=verdict,
-        killers=list(dict.fromkeys(killers)),
+        killers=killers,
         missed=[pattern for pattern in mutant.killers if not fnmatch.filter(killers, pattern)],
-        reason=reason,
+        reason=bad[0][1] if bad else "",
         seconds=time.monotonic() - started,
     )
 
 
-def _judge_in_child(mutant: Mutant, port: Port, shared: Any, everything: bool, directory: Path, answer: Path) -> None:
-    """Runs the gate on the mutant, writes one entry for each check, and never returns."""
-    from harness.runner import Options, plan, run_item
+def _results(mutant: Mutant, planted: Port, opened: Gate, options: Options, everything: bool) -> Iterator[Result]:
+    """What becomes of the checks, those expected to notice first; of no more once one of these has."""
+    from harness.runner import plan
 
-    code = 1
-    try:
-        os.setsid()
-        planted = plant(mutant, port, directory / "port")
-        options = Options(backends=("torch-cpu",), shrink_seconds=0.0)
-        items = plan([planted], options)
-        items.sort(key=lambda item: not _is_expected(mutant, item.check.id))
-        results: list[Result] = []
-        for item in items:
-            results.append(run_item(item, options, shared))
-            expected = sum(1 for each in items if _is_expected(mutant, each.check.id))
-            if not everything and len(results) >= expected and any(result.status in BAD for result in results):
-                break
-        entries = [{"check": r.check, "status": r.status, "reason": r.reason} for r in results]
-        if planted.min_checks:
-            # A check that falls silent is one too few, for which the gate is red as well.
-            silent = [r for r in results if r.status == "skipped" and _is_expected(mutant, r.check)]
-            entries += [{"check": r.check, "status": "failed", "reason": f"fell silent: {r.reason}"} for r in silent]
-        temporary = answer.with_suffix(".tmp")
-        temporary.write_text(json.dumps(entries))
-        temporary.replace(answer)
-        code = 0
-    except BaseException as error:  # the child must not run on in its parent's code
-        print(f"selftest: {mutant.id}: {type(error).__name__}: {error}", flush=True)
-    finally:
-        os._exit(code)
+    items = plan([planted], options)
+    items.sort(key=lambda item: not _is_expected(mutant, item.check.id))
+    expected = sum(_is_expected(mutant, item.check.id) for item in items)
+    noticed = False
+    for count, item in enumerate(items):
+        if noticed and count >= expected and not everything:
+            return
+        yield (result := opened.run(item, options))
+        noticed = noticed or result.status in BAD
 
 
 def _is_expected(mutant: Mutant, check: str) -> bool:
     return any(fnmatch.fnmatch(check, pattern) for pattern in mutant.killers)
-
-
-def _wait(child: int, seconds: float) -> bool:
-    """Whether the child ended by itself in time; one that does not is killed with everything it started."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        pid, _ = os.waitpid(child, os.WNOHANG)
-        if pid:
-            return True
-        time.sleep(0.01)
-    os.killpg(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    return False

@@ -20,8 +20,9 @@ from harness.errors import DescriptionError, ParityError
 from harness.results import BAD, Result, as_json
 
 if TYPE_CHECKING:
+    from harness.isolation import Gate
     from harness.ports import Port
-    from harness.runner import Item, Options, Session
+    from harness.runner import Item, Options
 
 MARKERS = {
     "parity": "checks that a port still computes what its original computes",
@@ -35,7 +36,7 @@ MARKERS = {
 _results = pytest.StashKey[list[Result]]()
 _item_results = pytest.StashKey[list[Result]]()
 _exit_stack = pytest.StashKey[contextlib.ExitStack]()
-_session = pytest.StashKey["Session"]()
+_gate = pytest.StashKey["Gate"]()
 _selected = pytest.StashKey[list[str]]()
 _complaints = pytest.StashKey[list[str]]()
 
@@ -53,6 +54,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     add("--parity-seed", type=int, default=None, metavar="N", help="draw other cases than the profile's own")
     add("--parity-report", type=Path, default=None, metavar="DIR", help="write reports and bundles of failures there")
     add("--parity-min-checks", type=int, default=0, metavar="N", help="fail when fewer checks ran for a port")
+    add("--parity-time-limit", type=float, default=30.0, metavar="SECONDS", help="of one check (default 30)")
     add("--parity-require", action="append", default=[], metavar="BACKEND", help="exit 3 when it is not here")
 
 
@@ -68,7 +70,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
-    """Ends the server of fresh processes and removes the run's temporary directory."""
+    """Ends the processes of the run and removes its temporary directory."""
     if _exit_stack in config.stash:
         config.stash[_exit_stack].close()
 
@@ -83,7 +85,7 @@ def options_of(config: pytest.Config) -> Options:
     """The run's options. Raises DescriptionError for names that do not exist."""
     from harness.runner import Options
 
-    names = ("backend", "dtype", "checks", "profile", "seed", "report", "min_checks", "require")
+    names = ("backend", "dtype", "checks", "profile", "seed", "report", "min_checks", "require", "time_limit")
     given = {name: config.getoption(f"parity_{name}") for name in names}
     given["backends"], given["dtypes"] = given.pop("backend"), given.pop("dtype")
     if given["report"] is not None:
@@ -161,19 +163,15 @@ class CheckItem(pytest.Item):
 
     def runtest(self) -> None:
         """Runs the check; the test's outcome is the result's."""
-        from harness.ports import require_classes
-        from harness.runner import contained, run_item
-
         self.stash[_item_results] = []
-
+        opened = gate_of(self.session)
         try:
-            with contained():
-                require_classes(self.item.port)
+            opened.require_classes(self.item.port)
         except DescriptionError as error:
             if hasattr(self.config, "workerinput"):  # a worker that exits takes its message with it
                 raise CheckFailed(f"error: {error}") from None
             pytest.exit(f"parity: {error}", returncode=error.exit_code)
-        settle(note(self, run_item(self.item, self.options, session_of(self.session))))
+        settle(note(self, opened.run(self.item, self.options)))
 
     def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException], style: Any = None) -> Any:
         """What the result says; a traceback only for what is no result."""
@@ -227,24 +225,23 @@ def failure_text(result: Result) -> str:
     return "\n".join(lines)
 
 
-def session_of(run: pytest.Session) -> Session:
-    """What the run's checks share, made when the first one runs."""
-    from harness.runner import session
+def gate_of(run: pytest.Session) -> Gate:
+    """Where the run's checks are run, made when the first one is."""
+    from harness.isolation import gate
 
     stash = run.config.stash
-    if _session not in stash:
+    if _gate not in stash:
         # A worker knows all items, not which it will get.
         is_worker = hasattr(run.config, "workerinput")
         checks = [item.item for item in run.items if isinstance(item, CheckItem) and not is_worker]
-        stash[_session] = stash[_exit_stack].enter_context(session(checks))
-    return stash[_session]
+        stash[_gate] = stash[_exit_stack].enter_context(gate(checks))
+    return stash[_gate]
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> None:
     """Makes the checks that `parametrize_with_checks` gave a test callable."""
     from harness.door import BoundCheck
-    from harness.runner import run_item
 
     pyfuncitem.stash[_item_results] = []
     for name, value in list(pyfuncitem.funcargs.items()):
@@ -254,7 +251,7 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> None:
                 __tracebackhide__ = True
                 report = bound.options.report or options_of(pyfuncitem.config).report
                 options = dataclasses.replace(bound.options, report=report)
-                result = run_item(bound.item, options, session_of(pyfuncitem.session))
+                result = gate_of(pyfuncitem.session).run(bound.item, options)
                 settle(note(pyfuncitem, result))
                 return result
 

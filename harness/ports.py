@@ -311,6 +311,15 @@ def _module_level(statements: Sequence[ast.stmt]) -> Iterator[ast.AST]:
                 yield from _module_level([child]) if isinstance(child, ast.stmt) else ast.walk(child)
 
 
+def places_of_code(port: Mapping[str, Any]) -> list[str]:
+    """Where a port's code lies: below its root, and where the packages are that its description names."""
+    specs = [str(port[key]) for key in ("model", "config", "original") if port[key]]
+    packages = {spec.partition(":")[0].partition(".")[0] for spec in specs if ".py:" not in spec}
+    found = [importlib.util.find_spec(name) for name in packages]
+    places = [place for spec in found if spec for place in spec.submodule_search_locations or [spec.origin or ""]]
+    return [str(port["root"]), *filter(None, places)]
+
+
 def source_file(spec: str, *, root: Path) -> Path:
     """The file that holds what a spec names."""
     place = spec.rpartition(":")[0]

@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fnmatch
-import io
+import json
 import logging
 import os
 import sys
@@ -15,14 +15,14 @@ import time
 import traceback
 import warnings
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from harness.backends import BACKENDS, NO_FLOAT64, unavailable
 from harness.cases import Case, cases
 from harness.checks import CATALOGUE, MAIN, Check, check_ids, function_of
-from harness.errors import DescriptionError, Mismatch, NotHere, ParityError, Skip
+from harness.errors import DescriptionError, Mismatch, NotHere, OutOfTime, ParityError, Skip, says_out_of_memory
 from harness.families import Family, nearest
 from harness.ports import (
     Port,
@@ -30,7 +30,6 @@ from harness.ports import (
     family_of,
     first_line,
     lacks,
-    require_classes,
     require_fields,
     require_named,
 )
@@ -38,6 +37,7 @@ from harness.results import BAD, Result, checks_run
 from harness.routes import main_route
 
 if TYPE_CHECKING:
+    from harness.guards import Complaint
     from harness.report import Header
     from harness.sandbox import Sandbox
     from harness.trial import Trial
@@ -47,6 +47,9 @@ PROFILES = {"gate": 1, "thorough": 6, "nightly": 30}
 
 ROUTE_CHECKS = {"pretrained": "roundtrip.pretrained", "remote_code": "remote_code.outputs"}
 """A port that lacks the check of a route has no such route."""
+
+FRESH_SECONDS = 20.0
+"""How long one job of a fresh process may take: less than a check, which then says so itself."""
 
 COMMAND_EXAMPLES = 2
 """Cases a check tries in profile `gate` on a port whose weights a program converts, at seconds a start."""
@@ -59,7 +62,8 @@ class Options:
     """What to run. Empty `backends`, `dtypes` and `checks` mean all; `seed` None means the profile's own.
 
     checks are shell patterns on check ids. require names backends that must be here. report is where bundles of
-    failures and the reports go; without it there are none. shrink_seconds bounds how long a failing case shrinks.
+    failures and the reports go; without it there are none. shrink_seconds bounds how long a failing case shrinks,
+    time_limit how many seconds a check takes in profile `gate`; the other profiles give it as much more as they draw.
     """
 
     backends: Sequence[str] = ()
@@ -71,6 +75,7 @@ class Options:
     min_checks: int = 0
     require: Sequence[str] = ()
     shrink_seconds: float = 10.0
+    time_limit: float = 30.0
 
     def __post_init__(self) -> None:
         from harness.backends.names import DTYPES
@@ -87,6 +92,8 @@ class Options:
         for pattern in self.checks:
             if not fnmatch.filter(check_ids(), pattern):
                 raise DescriptionError(f"no check matches '{pattern}'{nearest(pattern, check_ids())}")
+        if not self.time_limit > 0:
+            raise DescriptionError(f"the time limit of a check must be some seconds, not {self.time_limit}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -158,41 +165,63 @@ def require_backends(options: Options) -> None:
 
 
 @contextlib.contextmanager
-def session(items: Iterable[Item] = ()) -> Iterator[Session]:
-    """What the items of one run share: a temporary directory and a server of fresh processes; both end with it.
-
-    The server gets ready in the background where one of the items is known to need it.
-    """
+def session() -> Iterator[Session]:
+    """What the items answered in one process share: a temporary directory and a server of fresh processes."""
     from harness.sandbox import Sandbox
 
     with tempfile.TemporaryDirectory(prefix="parity-") as directory:
         root = Path(directory).resolve()
-        with Sandbox(root) as sandbox:
-            if any(item.in_fresh_process and _why_not(item) is None for item in items):
-                sandbox.begin_warm_up()
+        with Sandbox(root, time_limit_seconds=FRESH_SECONDS) as sandbox:
             yield Session(root=root, sandbox=sandbox)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Session:
-    """See `session`."""
+    """See `session`. complaints: what is looked out for besides; case_file: where the case at work is written down.
+
+    alone: the process runs one item and ends, and is no foreground process: an interrupt comes from the port.
+    """
 
     root: Path
     sandbox: Sandbox
+    complaints: Sequence[Complaint] = ()
+    case_file: Path | None = None
+    alone: bool = False
 
 
 def run_item(item: Item, options: Options, shared: Session) -> Result:
-    """What becomes of an item. Never raises for what a port or a check does."""
+    """What becomes of an item, in this process. Never raises for what a port or a check does."""
+    from harness.guards import torch_kept
+
     started = time.perf_counter()
-    reason = _why_not(item)
-    if reason:
-        return _result(item, started, status="skipped", reason=reason)
+    if result := skipped(item):
+        return result
+    shared = dataclasses.replace(shared, complaints=[torch_kept(), *shared.complaints])
     with contained(), tempfile.TemporaryDirectory(dir=shared.root) as directory:
         try:
             outcome = _explore(item, options, shared, Path(directory))
         except DescriptionError as error:
             return _result(item, started, status="error", reason=str(error))
     return _with_expectation(item, dataclasses.replace(outcome, seconds=time.perf_counter() - started))
+
+
+def skipped(item: Item) -> Result | None:
+    """The result of an item that is not for this port, family or machine; runs no foreign code."""
+    reason = _why_not(item)
+    return _result(item, time.perf_counter(), status="skipped", reason=reason) if reason else None
+
+
+def ended(item: Item, options: Options, case: Case | None, reason: str, shared: Session | None) -> Result:
+    """The result of an item whose process ended without one, at work on a case; its bundle where there is a session."""
+    from harness import bundles
+
+    config = case.as_dict() if case else None
+    result = _result(item, time.perf_counter(), status="failed", reason=reason, config=config, examples=1)
+    if case and shared and options.report:
+        trial = trial_of(item, shared, shared.root)
+        path = bundles.write(result, trial, case, Mismatch(reason), directory=options.report / "bundles")
+        result = dataclasses.replace(result, bundle=str(path))
+    return _with_expectation(item, result)
 
 
 def _why_not(item: Item) -> str | None:
@@ -259,8 +288,10 @@ def _explore(item: Item, options: Options, shared: Session, directory: Path) -> 
         return trial_of(item, shared, directory)
 
     def attempt(case: Case) -> None:
+        if shared.case_file is not None:
+            shared.case_file.write_text(json.dumps(case.as_dict()), encoding="utf-8")
         try:
-            passed.append(_run_check(function, trial(), case))
+            passed.append(_run_check(function, trial(), case, shared))
         except Skip as skip:
             skipped.append(str(skip))
 
@@ -274,7 +305,7 @@ def _explore(item: Item, options: Options, shared: Session, directory: Path) -> 
     )
     examples = len(passed) + (failure.attempts if failure else 0)
     if failure is not None:
-        return _failed(item, options, failure.case, failure.error, trial(), examples=examples, started=started)
+        return _failed(item, options, failure.case, failure.error, trial(), shared, examples=examples, started=started)
     if not passed:
         return _result(item, started, status="skipped", reason=skipped[0] if skipped else "no case was drawn")
     return _result(item, started, status="passed", metrics=worst(*passed), examples=examples)
@@ -285,7 +316,7 @@ def _examples(item: Item) -> int:
     return min(item.check.examples, COMMAND_EXAMPLES) if item.port.loader == "command" else item.check.examples
 
 
-def replay(port: Port, case: Case, recorded: Mapping[str, Any]) -> Result:
+def replay(port: Port, case: Case, recorded: Mapping[str, Any], shared: Session) -> Result:
     """What becomes of a recorded failure's one case now. Raises DescriptionError for a check that does not exist."""
     check = next((check for check in CATALOGUE if check.id == recorded["check"]), None)
     if check is None:
@@ -295,14 +326,14 @@ def replay(port: Port, case: Case, recorded: Mapping[str, Any]) -> Result:
     started = time.perf_counter()
     if reason := unavailable(item.backend):
         raise NotHere(f"{reason}; the failure was recorded on {item.backend}")
-    with session() as shared, contained():
+    with contained():
         trial = trial_of(item, shared, shared.root)
         try:
-            metrics = _run_check(function_of(check), trial, case)
+            metrics = _run_check(function_of(check), trial, case, shared)
         except Skip as skip:
             return _result(item, started, status="skipped", reason=str(skip))
         except Exception as error:
-            return _failed(item, Options(), case, error, trial, examples=1, started=started)
+            return _failed(item, Options(), case, error, trial, shared, examples=1, started=started)
     return _result(item, started, status="passed", metrics=metrics, examples=1)
 
 
@@ -318,7 +349,9 @@ def seed_of(item: Item, options: Options) -> int | None:
     return zlib.crc32(item.check.id.encode()) + 1_000_003 * (options.seed or 0)
 
 
-def _run_check(function: Callable[[Trial, Case], dict[str, float]], trial: Trial, case: Case) -> dict[str, float]:
+def _run_check(
+    function: Callable[[Trial, Case], dict[str, float]], trial: Trial, case: Case, shared: Session
+) -> dict[str, float]:
     from harness.backends.pytorch import numeric_settings
 
     with numeric_settings():
@@ -326,10 +359,17 @@ def _run_check(function: Callable[[Trial, Case], dict[str, float]], trial: Trial
             return _run_judged(function, trial, case)
         except SystemExit as error:
             raise Mismatch(f"the port ended the process: SystemExit: {error.code}") from error
-        except (Exception, KeyboardInterrupt):
-            raise
+        except Exception as error:
+            if isinstance(error, ParityError) or not says_out_of_memory(type(error).__name__, first_line(error)):
+                raise
+            raise Mismatch(f"the port ran out of memory: {first_line(error)}") from error
         except BaseException as error:
+            if isinstance(error, KeyboardInterrupt) and not shared.alone:
+                raise
             raise Mismatch(f"the port raised {type(error).__name__}: {first_line(error)}") from error
+        finally:
+            if said := next(filter(None, (complaint() for complaint in shared.complaints)), None):
+                raise Mismatch(said)
 
 
 def _run_judged(function: Callable[[Trial, Case], dict[str, float]], trial: Trial, case: Case) -> dict[str, float]:
@@ -364,14 +404,28 @@ def _no_sudden_end() -> Iterator[None]:
 
 
 def _failed(
-    item: Item, options: Options, case: Case, error: Exception, trial: Trial, *, examples: int, started: float
+    item: Item,
+    options: Options,
+    case: Case,
+    error: Exception,
+    trial: Trial,
+    shared: Session,
+    *,
+    examples: int,
+    started: float,
 ) -> Result:
     from harness import bundles, localise
 
     if isinstance(error, DescriptionError):
         raise error
     status, reason = ("failed", str(error)) if isinstance(error, Mismatch) else explain(error)
-    divergence = getattr(error, "first_divergence", None) or localise.first_divergence(trial, case)
+    divergence = getattr(error, "first_divergence", None)
+    if divergence is None and not isinstance(error, OutOfTime):
+        try:
+            divergence = localise.first_divergence(trial, case)
+        except KeyboardInterrupt:
+            if not shared.alone:
+                raise
     result = _result(
         item,
         started,
@@ -430,12 +484,12 @@ def contained() -> Iterator[None]:
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Keeps what libraries and ports print, warn and log inside away from the terminal."""
-    sink = io.StringIO()
     level = logging.root.manager.disable
     hub_bars = _progress_bars()
     logging.disable(logging.CRITICAL)
     try:
         with (
+            open(os.devnull, "w") as sink,  # kept in memory, megabytes would add up
             warnings.catch_warnings(),
             contextlib.redirect_stdout(sink),
             contextlib.redirect_stderr(sink),
@@ -497,15 +551,16 @@ def run_ports(
     ports: Sequence[Port], options: Options, *, on_result: Callable[[Result], None] | None = None
 ) -> list[Result]:
     """Runs every item of the ports, calling `on_result` after each. Raises NotHere and DescriptionError only."""
+    from harness.isolation import gate
+
     require_backends(options)
     items = plan(ports, options)
-    for port in ports:
-        with contained():
-            require_classes(port)
     results = []
-    with session(items) as shared:
+    with gate(items) as opened:
+        for port in ports:
+            opened.require_classes(port)
         for item in items:
-            results.append(run_item(item, options, shared))
+            results.append(opened.run(item, options))
             if on_result is not None:
                 on_result(results[-1])
     return results

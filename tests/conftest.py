@@ -17,3 +17,11 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def frameworks() -> None:
+    """What checks need is imported here, so that the server of each gate finds it."""
+    from harness.isolation import import_all
+
+    import_all()

@@ -28,7 +28,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self
 
-from harness.errors import Mismatch, NotHere, ParityError
+from harness.errors import Mismatch, NotHere, ParityError, says_out_of_memory
 from harness.sandbox import jobs
 
 if TYPE_CHECKING:
@@ -99,7 +99,6 @@ class Sandbox:
         self._server: subprocess.Popen[bytes] | None = None
         self._channel: socket.socket | None = None
         self._preload: Literal["none", "asked", "done"] = "none"
-        self._count = 0
 
     def __enter__(self) -> Self:
         if not hasattr(os, "fork"):
@@ -158,9 +157,8 @@ class Sandbox:
         self._start()
         base = self._folder()
         start = time.perf_counter()
-        self._count += 1
-        directory = base / "jobs" / str(self._count)
-        directory.mkdir(parents=True)
+        (base / "jobs").mkdir(exist_ok=True)
+        directory = Path(tempfile.mkdtemp(dir=base / "jobs"))
         try:
             absolute = with_absolute_paths(request)
             content = {
@@ -189,6 +187,11 @@ class Sandbox:
             return Answer(values=values, tensors=answered, seconds=time.perf_counter() - start)
         finally:
             jobs.remove_tree(directory)
+
+    @property
+    def process(self) -> int | None:
+        """The server's process, where one was started and not stopped since."""
+        return None if self._server is None else self._server.pid
 
     # The server
 
@@ -409,7 +412,7 @@ def raised(error: Mapping[str, Any], *, name: str, output: str, memory_limit_byt
     text = f"{name} raised {one_line(kind)}: {one_line(message) or 'without a message'}"
     if where:
         text += f" ({one_line(where)})"
-    if kind == "MemoryError" or "allocate memory" in message or "not enough memory" in message:
+    if says_out_of_memory(kind, message):
         text += f"; the memory limit is {memory_limit_bytes / (1 << 30):.2g} GiB"
     return SandboxFailure(text, kind="exception", exception=one_line(kind), output=f"{output}\n{trace}".strip())
 

@@ -31,7 +31,7 @@ Describe = Callable[..., None]
 
 
 @pytest.fixture(scope="session")
-def plain_port() -> PlainPort:
+def plain_port(frameworks: None) -> PlainPort:
     """Writes `<name>.py` with a port that is right, and gives its description.
 
     `forward` are lines that run before the model does, `more` are lines of the class after its forward; further

@@ -20,6 +20,7 @@ from harness.backends import pytorch
 from harness.checks import CATALOGUE, Check
 from harness.errors import DescriptionError
 from harness.families import register_family
+from harness.isolation import gate
 from harness.ports import family_of
 from harness.results import Result, checks_run
 from harness.runner import (
@@ -29,7 +30,6 @@ from harness.runner import (
     exit_code,
     plan,
     quiet,
-    replay,
     run_item,
     run_ports,
     session,
@@ -198,12 +198,6 @@ def test_what_a_port_of_this_kind_has_and_this_one_lacks_is_named(tmp_path: Path
     (result,) = check_parity(plain_port(tmp_path), checks=["forward.inputs_embeds"], backends=["torch-cpu"])
     assert result.status == "failed"
     assert result.reason.startswith("Port has no get_input_embeddings; a port is a transformers model")
-
-
-def test_a_child_of_a_port_may_end_as_it_likes(tmp_path: Path, plain_port: PlainPort) -> None:
-    forks = "import os\nchild = os.fork()\nif child == 0:\n    os._exit(7)\nassert os.waitpid(child, 0)[1] >> 8 == 7"
-    (result,) = check_parity(plain_port(tmp_path, forward=forks), **CAUSAL)
-    assert result.status == "passed", result.reason
 
 
 @pytest.mark.parametrize(
@@ -441,8 +435,9 @@ def test_a_replay_of_a_check_that_is_gone_names_the_nearest(tmp_path: Path, plai
     from harness.cases import Case
 
     recorded = {"check": "forward.casual", "route": "direct", "backend": "torch-cpu", "dtype": "float64"}
-    with pytest.raises(DescriptionError, match=r"'forward\.casual'; did you mean 'forward\.causal'"):
-        replay(plain_port(tmp_path), Case(fields={}, rows=1, tokens=1, seed=0), recorded)
+    wrong = pytest.raises(DescriptionError, match=r"'forward\.casual'; did you mean 'forward\.causal'")
+    with gate() as opened, wrong:
+        opened.replay(plain_port(tmp_path), Case(fields={}, rows=1, tokens=1, seed=0), recorded)
 
 
 def test_every_check_of_the_catalogue_is_one_function_with_a_reason() -> None:

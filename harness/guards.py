@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a port may not do to the process and the machine it is checked on: noticed, named, and undone or refused."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from types import FrameType
+from typing import Any
+
+from harness.sandbox.jobs import hidden_rule, installed_paths
+
+HARNESS = os.path.dirname(os.path.abspath(__file__))
+WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+CHANGES = ("remove", "rename", "rmdir", "mkdir", "link", "symlink", "truncate", "chmod")
+CHANGES_OF_FILES = frozenset(f"os.{name}" for name in CHANGES)
+
+Complaint = Callable[[], str | None]
+"""Says in one line what a port has done that it may not, as often as it is asked; None when it has done nothing."""
+
+
+def torch_kept() -> Complaint:
+    """Notices functions of torch that are replaced from now on, and puts them back: the original uses them as well."""
+    import torch
+
+    kept = [(holder, name, value) for holder, name, value in _torch_functions()]
+    inherited = set(dir(torch.Tensor)) - set(vars(torch.Tensor))
+    found: list[str] = []
+
+    def complaint() -> str | None:
+        for holder, name, value in kept:
+            now = vars(holder).get(name)
+            # What compiles models wraps some itself, for good.
+            if now is not value and not str(getattr(now, "__module__", "")).startswith("torch._dynamo"):
+                setattr(holder, name, value)
+                found.append(f"{getattr(holder, '__qualname__', holder.__name__)}.{name}")
+        for name in inherited & set(vars(torch.Tensor)):
+            delattr(torch.Tensor, name)
+            found.append(f"Tensor.{name}")
+        if not found:
+            return None
+        return (
+            f"the port replaces {found[0]} for the whole process, so that the original computes something else as well;"
+            " a port leaves torch as it is"
+        )
+
+    return complaint
+
+
+def _torch_functions() -> Iterator[tuple[Any, str, Any]]:
+    import torch
+    from torch.nn import functional
+
+    layers = [value for value in vars(torch.nn).values() if isinstance(value, type)]
+    for holder in (torch, functional, torch.Tensor, torch._C._nn, *layers):
+        for name, value in list(vars(holder).items()):
+            if callable(value) and not isinstance(value, type):
+                yield holder, name, value
+
+
+def refuse_trespass(*, code: Sequence[str], writable: Sequence[str]) -> Complaint:
+    """Has code below the paths of `code` write below `writable` alone, use no network and fork no process.
+
+    Installed packages below `code` are not meant. What is refused raises PermissionError there, and is told. For the
+    rest of this process: what an audit hook is put to cannot be taken back. Stops what a careless port does; it is no
+    jail against a deliberate attack.
+    """
+    is_code = hidden_rule(code, [*installed_paths(), HARNESS])
+    is_writable = hidden_rule([*writable, os.devnull], [])
+    known: dict[str, bool] = {}
+    found: list[str] = []
+
+    def is_asked_by_code() -> bool:
+        frame: FrameType | None = sys._getframe(2)
+        while frame is not None:
+            file = frame.f_code.co_filename
+            if file not in known:
+                known[file] = os.path.isabs(file) and is_code(os.path.realpath(file))
+            if known[file]:
+                return True
+            frame = frame.f_back
+        return False
+
+    def trespass(event: str, arguments: tuple[Any, ...]) -> str | None:
+        if event == "open":
+            path, mode, flags = arguments
+            writes = flags & WRITING if isinstance(flags, int) else set(mode or "") & set("wxa+")
+            return f"writes to {_shown(path)}" if writes and _is_outside(path) else None
+        if event in CHANGES_OF_FILES:
+            return next((f"changes {_shown(path)}" for path in arguments[:2] if _is_outside(path)), None)
+        if event in ("socket.connect", "socket.bind", "socket.sendto"):
+            address = arguments[1]
+            return f"opens a socket to {address[0]}" if isinstance(address, tuple) else None
+        if event == "socket.getaddrinfo":
+            return f"looks up {arguments[0]}" if _is_name(arguments[0]) else None
+        return "forks a process" if event in ("os.fork", "os.forkpty") else None
+
+    def _is_outside(path: Any) -> bool:
+        if not isinstance(path, str | bytes | os.PathLike):
+            return False
+        real = os.path.realpath(os.fsdecode(path))
+        return not is_writable(real) and "__pycache__" not in real.split(os.sep)
+
+    def audit(event: str, arguments: tuple[Any, ...]) -> None:
+        if event == "open" or event in CHANGES_OF_FILES or event.startswith(("socket.", "os.fork")):
+            what = trespass(event, arguments)
+            if what and is_asked_by_code():
+                found.append(what)
+                raise PermissionError(f"refused: the port {what}")
+
+    sys.addaudithook(audit)
+    return lambda: (
+        f"the port {found[0]}; a port reads and writes only what it is told to, and talks to nobody" if found else None
+    )
+
+
+def _is_name(host: Any) -> bool:
+    """Whether a host is one that some other machine has to be asked about."""
+    try:
+        ipaddress.ip_address(host or "::")
+    except ValueError:
+        return bool(host != "localhost")
+    return False
+
+
+def _shown(path: Any) -> str:
+    return os.fsdecode(path)
