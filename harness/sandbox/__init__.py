@@ -430,7 +430,7 @@ def read_bounded(path: Path, limit: int) -> bytes | None:
             raise ValueError(f"{path.name} is not a regular file")
         if status.st_size > limit:
             raise ValueError(f"{path.name} has {status.st_size} bytes, more than the {limit} allowed")
-        return file.read(limit)
+        return file.read(status.st_size)  # read(limit) would make room for all of it
 
 
 def parse_tensors(content: bytes) -> dict[str, torch.Tensor]:
