@@ -21,9 +21,10 @@ if TYPE_CHECKING:
     import torch
 
     from harness.cases import Case
-    from harness.trial import Trial
+    from harness.trial import Recorded, Trial
 
 DESCRIPTION = "failure.json"
+TENSOR_BYTES = 1 << 30
 RECORDED = ("check", "route", "backend", "dtype", "status", "reason", "metrics")
 PACKAGES = ("parity-harness", "torch", "transformers", "safetensors", "huggingface_hub", "hypothesis", "mlx", "numpy")
 
@@ -58,7 +59,10 @@ def write(result: Result, trial: Trial, case: Case, error: Exception, *, directo
 
 
 def read(path: Path) -> tuple[Port, Case, Mapping[str, Any]]:
-    """The port, the case and the result of a bundle. Raises DescriptionError for a directory that is none."""
+    """The port, the case and the result of a bundle, with the `versions` it was recorded with.
+
+    Raises DescriptionError for a directory that is none.
+    """
     from harness.cases import case_from_dict
 
     file = path / DESCRIPTION if path.is_dir() else path
@@ -67,13 +71,35 @@ def read(path: Path) -> tuple[Port, Case, Mapping[str, Any]]:
         numbers = [document["case"][key] for key in ("rows", "tokens", "seed")]
         if not all(isinstance(number, int) for number in numbers):
             raise ValueError("rows, tokens and seed of its case must be whole numbers")
-        recorded = {key: document["result"][key] for key in RECORDED}
+        recorded = {key: document["result"][key] for key in RECORDED} | {"versions": dict(document["versions"])}
         port = {**document["port"], "root": Path(document["port"]["root"])}
         return Port(**port), case_from_dict(document["case"]), recorded
     except OSError as error:
         raise DescriptionError(f"{path} is not a bundle: {error.strerror or error}") from None
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DescriptionError(f"{file} does not describe a failure: {error}") from None
+
+
+def tensors(path: Path, case: Case) -> Recorded:
+    """Weights and batch of a bundle. Raises DescriptionError for files that are not as `write` leaves them."""
+    from harness.cases.batches import Batch
+    from harness.sandbox import parse_tensors, read_bounded
+    from harness.trial import Recorded
+
+    directory = path if path.is_dir() else path.parent
+    read = {}
+    for name in ("weights", "batch"):
+        try:
+            content = read_bounded(directory / f"{name}.safetensors", TENSOR_BYTES)
+            read[name] = {} if content is None else parse_tensors(content)
+        except (OSError, ValueError) as error:
+            raise DescriptionError(f"{directory / name}.safetensors cannot be read: {error}") from None
+    batch = read["batch"]
+    if {"tokens", "targets"} - set(batch) or any(tensor.shape != (case.rows, case.tokens) for tensor in batch.values()):
+        raise DescriptionError(
+            f"{directory / 'batch.safetensors'} has no tokens and targets of shape ({case.rows}, {case.tokens})"
+        )
+    return Recorded(case=case, weights=read["weights"], batch=Batch(tokens=batch["tokens"], targets=batch["targets"]))
 
 
 def versions() -> dict[str, str]:

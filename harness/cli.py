@@ -40,6 +40,7 @@ def parser() -> argparse.ArgumentParser:
     repro = commands.add_parser("repro", help="replay a failure from its bundle")
     repro.add_argument("bundle", type=Path, metavar="BUNDLE")
     repro.add_argument("--original", metavar="SPEC", help="use this original instead, file.py:Class")
+    repro.add_argument("--port", metavar="NAME", help="use this port instead, one that this directory describes")
     repro.add_argument("--model", metavar="SPEC", help="use this model class instead, file.py:Class")
     repro.add_argument("--config", metavar="SPEC", help="use this configuration class instead, file.py:Class")
     repro.add_argument("--json", action="store_true", help="print one JSON document and nothing else")
@@ -182,15 +183,22 @@ def _list(arguments: argparse.Namespace) -> int:
 def _repro(arguments: argparse.Namespace) -> int:
     import dataclasses
 
-    from harness.bundles import read
+    from harness.bundles import read, versions
     from harness.isolation import gate
+    from harness.ports import read_ports, select_ports
     from harness.report.json_report import plain
     from harness.results import as_json
 
-    port, case, recorded = read(arguments.bundle)
+    bundle, here = arguments.bundle.resolve(), Path.cwd()
+    port, case, recorded = read(bundle)
+    if arguments.port:
+        (port,) = select_ports(read_ports(here), [arguments.port], directory=here)
+    elif not port.root.is_dir():
+        print(f"parity: {port.root} is not here; the files of '{port.name}' are looked for in {here}", file=sys.stderr)
+        port = dataclasses.replace(port, root=here)
     changed = {name: getattr(arguments, name) for name in ("original", "model", "config") if getattr(arguments, name)}
     with gate() as opened:
-        result = opened.replay(dataclasses.replace(port, **changed), case, recorded)
+        result = opened.replay(dataclasses.replace(port, **changed), case, recorded, bundle)
     if arguments.json:
         print(json.dumps(plain(as_json(result)), indent=2))
     else:
@@ -198,6 +206,9 @@ def _repro(arguments: argparse.Namespace) -> int:
         print(f"now       {result.status}{': ' + result.reason if result.reason else ''}")
         for name, value in result.metrics.items():
             print(f"          {name} {value:.3g}, recorded {recorded['metrics'].get(name, 'not')}")
+        for name, version in versions().items():
+            if recorded["versions"].get(name) != version:
+                print(f"          {name} {version}, recorded {recorded['versions'].get(name, 'without')}")
     return EXIT_FAILED if result.status in ("failed", "error") else EXIT_HOLDS
 
 

@@ -55,7 +55,7 @@ PREPARE_SECONDS = 180.0
 GRACE_SECONDS = 5.0
 """How long after the end of its time a check may take to say so, before it is killed."""
 
-LESS_TIME = ((3, 3.0), (1, 10.0))
+LESS_TIME = ((10, 2.0), (3, 4.0), (1, 10.0))
 """Seconds a check gets at most, once so many of its port ran out of time: a port that sleeps would take an hour."""
 
 DEVICE_FACTOR = 4
@@ -100,9 +100,9 @@ class Gate:
             return Result(**(told["value"] if "value" in told else report_end(None, as_values(values))))
         return Result(**answer["value"])
 
-    def replay(self, port: Port, case: Case, recorded: Mapping[str, Any]) -> Result:
-        """What becomes of a recorded failure's one case now. Raises NotHere where its device is not here."""
-        values = {"port": port, "case": case.as_dict(), "recorded": recorded}
+    def replay(self, port: Port, case: Case, recorded: Mapping[str, Any], bundle: Path) -> Result:
+        """What becomes of the one case of a bundle's failure now. Raises NotHere where its device is not here."""
+        values = {"port": port, "case": case.as_dict(), "recorded": recorded, "bundle": bundle}
         answer = self._ask("replay", values, seconds=PREPARE_SECONDS, backend=recorded["backend"])
         if "ended" in answer:
             raise ParityError(answer["ended"])

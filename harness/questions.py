@@ -78,7 +78,8 @@ def _skip(values: Values) -> dict[str, Any] | None:
 def _replay(shared: Session, values: Values) -> dict[str, Any]:
     from harness.runner import replay
 
-    return as_json(replay(_port(values["port"]), case_from_dict(values["case"]), values["recorded"], shared))
+    case, bundle = case_from_dict(values["case"]), Path(values["bundle"])
+    return as_json(replay(_port(values["port"]), case, values["recorded"], bundle, shared))
 
 
 def _require_classes(shared: Session, values: Values) -> None:

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from harness.advice import advised
 from harness.backends import BACKENDS, NO_FLOAT64, unavailable
 from harness.cases import Case, cases
 from harness.checks import CATALOGUE, MAIN, Check, check_ids, function_of
@@ -316,8 +317,13 @@ def _examples(item: Item) -> int:
     return min(item.check.examples, COMMAND_EXAMPLES) if item.port.loader == "command" else item.check.examples
 
 
-def replay(port: Port, case: Case, recorded: Mapping[str, Any], shared: Session) -> Result:
-    """What becomes of a recorded failure's one case now. Raises DescriptionError for a check that does not exist."""
+def replay(port: Port, case: Case, recorded: Mapping[str, Any], bundle: Path, shared: Session) -> Result:
+    """What becomes of a recorded failure's one case now, with the weights and the batch of its bundle.
+
+    Raises DescriptionError for a check that does not exist and for files that are not as they were written.
+    """
+    from harness.bundles import tensors
+
     check = next((check for check in CATALOGUE if check.id == recorded["check"]), None)
     if check is None:
         raise DescriptionError(f"there is no check '{recorded['check']}'{nearest(recorded['check'], check_ids())}")
@@ -327,7 +333,7 @@ def replay(port: Port, case: Case, recorded: Mapping[str, Any], shared: Session)
     if reason := unavailable(item.backend):
         raise NotHere(f"{reason}; the failure was recorded on {item.backend}")
     with contained():
-        trial = trial_of(item, shared, shared.root)
+        trial = dataclasses.replace(trial_of(item, shared, shared.root), recorded=tensors(bundle, case))
         try:
             metrics = _run_check(function_of(check), trial, case, shared)
         except Skip as skip:
@@ -430,7 +436,7 @@ def _failed(
         item,
         started,
         status=status,
-        reason=reason,
+        reason=advised(reason),
         config=case.as_dict(),
         metrics=getattr(error, "metrics", {}),
         first_divergence=divergence,

@@ -26,11 +26,21 @@ if TYPE_CHECKING:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Recorded:
+    """What a case was when it failed: the original's tensors by key (float64; of tied ones one), and the batch."""
+
+    case: Case
+    weights: Mapping[str, torch.Tensor]
+    batch: Batch
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Trial:
     """What a check is given beside its case: the port, how the weights travel, and where the port runs.
 
     workdir is an empty directory of this trial's own; `sandbox` starts fresh processes. float32_inside: the port was
-    seen to compute a part in float32, and is held to the bound for that.
+    seen to compute a part in float32, and is held to the bound for that. recorded: weights and batch of a bundle, which
+    its case has instead of drawing them: another release of torch may draw others.
     """
 
     port: Port
@@ -41,6 +51,7 @@ class Trial:
     workdir: Path
     sandbox: Sandbox
     float32_inside: bool = False
+    recorded: Recorded | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,7 +79,14 @@ def load_class(spec: str, root: Path) -> type:
 def original_model(trial: Trial, case: Case, *, dtype: str = "float64") -> torch.nn.Module:
     """The original with the case's sensitising weights, in evaluation mode on the CPU."""
     module = initial_original(trial, case.fields)
-    module.load_state_dict(sensitising_state(module, gains=trial.family.gains, seed=case.seed))
+    state = sensitising_state(module, gains=trial.family.gains, seed=case.seed)
+    if trial.recorded is not None and (case.fields, case.seed) == (
+        trial.recorded.case.fields,
+        trial.recorded.case.seed,
+    ):
+        known = {id(state[key]): tensor for key, tensor in trial.recorded.weights.items() if key in state}
+        state = {key: known.get(id(tensor), tensor) for key, tensor in state.items()}  # tied ones are one object
+    module.load_state_dict(state)
     return module.to(pytorch.DTYPES[dtype]).eval()
 
 
@@ -79,6 +97,8 @@ def initial_original(trial: Trial, fields: Fields) -> torch.nn.Module:
 
 def draw(trial: Trial, case: Case) -> Batch:
     """The case's batch."""
+    if trial.recorded is not None and trial.recorded.case == case:
+        return trial.recorded.batch
     vocabulary = case.fields[trial.family.vocabulary]
     return draw_batch(rows=case.rows, tokens=case.tokens, vocabulary=vocabulary, seed=case.seed)
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from harness import bundles
 from harness.cases import Case
@@ -19,12 +19,13 @@ from harness.cases.batches import draw_batch
 from harness.cases.weights import sensitising_state
 from harness.errors import DescriptionError, Mismatch
 from harness.families import find_family
+from harness.isolation import gate
 from harness.mutants import mutants_of, plant
 from harness.numerics import relative_error
 from harness.ports import Port, read_ports
 from harness.results import Result, as_json
-from harness.runner import Session, check_parity, replay, session
-from harness.trial import Trial
+from harness.runner import Options, Session, check_parity, plan, session, trial_of
+from harness.trial import Trial, draw
 from reference_models.nanogpt.original import GPT
 
 ROOT = Path(__file__).parents[2]
@@ -176,22 +177,53 @@ def test_views_of_one_tensor_and_errors_without_tensors_are_written_too(shared: 
 # Replaying
 
 
+def replayed(failed: Failed, **changed: Any) -> Result:
+    port, case, recorded = bundles.read(failed.bundle)
+    with gate() as opened:
+        return opened.replay(dataclasses.replace(port, **changed), case, recorded, failed.bundle)
+
+
 def test_replaying_gives_the_same_numbers(failed: Failed) -> None:
-    result = replay(*bundles.read(failed.bundle))
+    result = replayed(failed)
     for field in ("status", "reason", "config", "metrics", "first_divergence", "check", "route", "backend", "dtype"):
         assert getattr(result, field) == getattr(failed.result, field), field
     assert result.first_divergence == "block.0.mlp"
 
 
 def test_replaying_against_the_repaired_port_passes(failed: Failed) -> None:
-    port, case, recorded = bundles.read(failed.bundle)
-    assert replay(dataclasses.replace(port, root=ROOT), case, recorded).status == "passed"
+    assert replayed(failed, root=ROOT).status == "passed"
 
 
 def test_a_check_that_is_gone_is_named(failed: Failed) -> None:
     port, case, recorded = bundles.read(failed.bundle)
-    with pytest.raises(DescriptionError, match=re.escape("there is no check 'forward.logit'; did you mean")):
-        replay(port, case, {**recorded, "check": "forward.logit"})
+    wrong = pytest.raises(DescriptionError, match=re.escape("there is no check 'forward.logit'; did you mean"))
+    with gate() as opened, wrong:
+        opened.replay(port, case, {**recorded, "check": "forward.logit"}, failed.bundle)
+
+
+def test_the_weights_and_the_batch_of_the_bundle_are_used_and_not_drawn_again(
+    failed: Failed, copied: Path, shared: Session
+) -> None:
+    weights, batch = load_file(copied / "weights.safetensors"), load_file(copied / "batch.safetensors")
+    save_file({key: tensor * 0.5 for key, tensor in weights.items()}, copied / "weights.safetensors")
+    other = replayed(dataclasses.replace(failed, bundle=copied))
+    assert other.status == "failed"
+    assert other.metrics["error"] != failed.result.metrics["error"]
+
+    save_file({key: (tensor + 1) % 11 for key, tensor in batch.items()}, copied / "batch.safetensors")
+    port, case, _ = bundles.read(copied)
+    (item,) = plan([port], Options(checks=[CHECK], backends=["torch-cpu"]))
+    trial = dataclasses.replace(trial_of(item, shared, shared.root), recorded=bundles.tensors(copied, case))
+    assert torch.equal(draw(trial, case).tokens, (batch["tokens"] + 1) % 11)
+    longer = dataclasses.replace(case, tokens=case.tokens + 1)
+    assert draw(trial, longer).tokens.shape == (case.rows, case.tokens + 1)
+
+
+@pytest.mark.parametrize("content", [b"", b"\x80\x04pickle", b"\xff" * 64])
+def test_a_tensor_file_that_is_none_is_a_wrong_description(failed: Failed, copied: Path, content: bytes) -> None:
+    (copied / "batch.safetensors").write_bytes(content)
+    with pytest.raises(DescriptionError, match=r"batch\.safetensors"):
+        replayed(dataclasses.replace(failed, bundle=copied))
 
 
 # Bundles that are none

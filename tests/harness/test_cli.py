@@ -275,6 +275,24 @@ def test_a_bundle_gives_the_same_numbers_again_and_none_with_the_repaired_file(
     assert err == ""
 
 
+def test_a_bundle_of_another_machine_is_replayed_in_a_checkout_and_with_a_described_port(
+    bundle: Path, here: Path, capsys: pytest.CaptureFixture[str], plain_port: PlainPort, describe: Describe
+) -> None:
+    file = bundle / "failure.json"
+    document = json.loads(file.read_text())
+    document["port"]["root"] = "/gone"
+    document["versions"]["torch"] = "1.0"
+    file.write_text(json.dumps(document))
+    assert main(["repro", str(bundle)]) == 1
+    out, err = capsys.readouterr()
+    assert "/gone is not here; the files of 'wrong' are looked for in" in err
+    assert "recorded 1.0" in out
+    describe(plain_port(here, "right"))
+    assert main(["repro", str(bundle), "--port", "right"]) == 0
+    assert main(["repro", str(bundle), "--port", "wright"]) == 2
+    assert "did you mean 'right'" in capsys.readouterr().err
+
+
 def test_a_bundle_says_how_to_replay_it(bundle: Path) -> None:
     command = json.loads((bundle / "failure.json").read_text())["replay"].split()
     assert command[:2] == ["parity", "repro"]
@@ -300,7 +318,6 @@ def test_a_replay_with_a_class_that_is_not_there_is_one_line(
         lambda document: {**document, "case": {"rows": 1}},
         lambda document: {**document, "result": {"check": "forward.blocks"}},
         lambda document: {**document, "result": {**document["result"], "check": "forward.blokcs"}},
-        lambda document: {**document, "port": {**document["port"], "root": "/gone"}},
     ],
 )
 def test_a_damaged_bundle_is_one_line(

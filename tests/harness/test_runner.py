@@ -437,7 +437,7 @@ def test_a_replay_of_a_check_that_is_gone_names_the_nearest(tmp_path: Path, plai
     recorded = {"check": "forward.casual", "route": "direct", "backend": "torch-cpu", "dtype": "float64"}
     wrong = pytest.raises(DescriptionError, match=r"'forward\.casual'; did you mean 'forward\.causal'")
     with gate() as opened, wrong:
-        opened.replay(plain_port(tmp_path), Case(fields={}, rows=1, tokens=1, seed=0), recorded)
+        opened.replay(plain_port(tmp_path), Case(fields={}, rows=1, tokens=1, seed=0), recorded, tmp_path)
 
 
 def test_every_check_of_the_catalogue_is_one_function_with_a_reason() -> None:
