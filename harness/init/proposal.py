@@ -1,0 +1,486 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which of a repository's classes are proposed as ports, of which family, and why."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import fnmatch
+import importlib.util
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from harness.checks import CATALOGUE
+from harness.errors import DescriptionError
+from harness.families import Family, family_names, find_family, nearest
+from harness.init import findings
+from harness.init.sources import Definition, Repository, definitions, find, is_test, lineage, method, travelling
+
+ENOUGH = 0.6
+"""The share of a family's fields that a configuration has to have to count as one of its ports."""
+
+FILLERS = {"n", "num", "number", "of", "size", "dim", "p", "prob", "rate", "use", "with", "has", "len", "length", "max"}
+
+WITHOUT = {
+    "attention_mask": "masks",
+    "inputs_embeds": "forward.inputs_embeds",
+    "position_ids": "forward.position_ids",
+    "output_hidden_states": "api.hidden_states",
+    "output_attentions": "api.attentions",
+    "logits_to_keep": "api.logits_to_keep",
+    "num_items_in_batch": "training.micro_batches",
+}
+"""Argument of a forward -> the feature, or the check, that a port without it lacks."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Proposal:
+    """A port as its table would describe it.
+
+    values: the table's keys in their order. reasons: key -> what was seen. lacking: check pattern -> what is not there,
+    for the maintainer to confirm.
+    """
+
+    values: Mapping[str, Any]
+    reasons: Mapping[str, str]
+    lacking: Mapping[str, str]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Match:
+    """A family that a configuration fits: the share of its fields, and those that go by a name it does not know."""
+
+    family: str
+    share: float
+    config_map: Mapping[str, str]
+    guessed: Sequence[str]
+    said: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Looked:
+    """What a look at a repository gave: proposals, and sentences about what was seen and not proposed."""
+
+    proposals: Sequence[Proposal]
+    remarks: Sequence[str]
+
+
+def installed_families() -> tuple[dict[str, Family], list[str]]:
+    """The families that can be imported, by name, and a sentence for each that cannot."""
+    families, broken = {}, []
+    for name in family_names():
+        try:
+            families[name] = find_family(name)
+        except DescriptionError as error:
+            broken.append(str(error))
+    return families, broken
+
+
+def propose(
+    repository: Repository, *, family: str | None = None, model: str | None = None, taken: Sequence[str] = ()
+) -> Looked:
+    """The ports of a repository, those of `taken` names left out.
+
+    `family` and `model` (`file.py:Class`) fix what else is guessed. Raises DescriptionError when they name nothing.
+    """
+    families, remarks = installed_families()
+    if family is not None and family not in families:
+        if family not in findings.registered_families(repository):
+            raise DescriptionError(f"there is no family '{family}'{nearest(family, list(families))}")
+        remarks.append(f"family '{family}' is this repository's own: its conftest.py has to register it")
+    heads = findings.heads(repository)
+    if model is not None:
+        every = {cls.spec: cls for cls in findings.classes(repository)}
+        if model not in every:
+            raise DescriptionError(f"--model {model}: there is no such class{nearest(model, list(every))}")
+        heads = [every[model]]
+    heads = [head for head in heads if model is not None or not is_test(head.source.path)]
+    originals = [head for head in heads if model is None and is_original(repository, head, families)]
+    proposals: list[Proposal] = []
+    for head in _likeliest(repository, [head for head in heads if head not in originals]):
+        config, outside = config_of(repository, head, families)
+        matches = match_families(repository, head, config, outside, families)
+        chosen = next((m for m in matches if m.family == family), None) if family else _best(matches)
+        if chosen is None and family is not None:
+            chosen = Match(family=family, share=0, config_map={}, guessed=(), said="as --family says")
+        where = config.spec if config else outside
+        if where is None or chosen is None:
+            if where is not None or findings.is_hugging_face(repository, head):
+                remarks.append(_passed_over(head, where, matches))
+            continue
+        names = [*taken, *(str(proposal.values["name"]) for proposal in proposals)]
+        truth = nearest_original(originals, head)
+        proposals.append(describe(repository, head, where, config, chosen, families, truth, names))
+    if not proposals and model is None:
+        proposals += stock_ports(repository, families, family, taken)
+    if originals and not proposals:
+        remarks += [f"{each.spec} looks like a copy of the original; a port of it was not found" for each in originals]
+    return Looked(proposals=proposals, remarks=remarks)
+
+
+def _passed_over(head: Definition, config: str | None, matches: Sequence[Match]) -> str:
+    if config is None:
+        return f"{head.spec} looks like a port, but no configuration class was found for it"
+    close = max(matches, key=lambda match: match.share, default=None)
+    if close is None:
+        return f"{head.spec} looks like a port, but no family is installed"
+    if close.share >= ENOUGH:
+        several = " or ".join(sorted(match.family for match in matches if match.share == close.share))
+        return f"{head.spec} may be a port of {several}: say which with --family"
+    return (
+        f"{head.spec} is not proposed: {config} has {round(close.share * 100)} % of the fields of {close.family},"
+        " the nearest family; if it is a port of it, say so with --family and --model"
+    )
+
+
+def _likeliest(repository: Repository, heads: Sequence[Definition]) -> list[Definition]:
+    """Of several classes in one file the ones that generate, or else take labels: the others are other heads."""
+
+    def rank(head: Definition) -> int:
+        forward = method(repository, head, "forward")
+        generates = "GenerationMixin" in lineage(repository, head)[1] or forward is None
+        return 2 * findings.is_hugging_face(repository, head) + (
+            generates or (forward is not None and bool({"labels", "targets"} & set(findings.parameters(forward.node))))
+        )
+
+    ranks = [(rank(head), head) for head in heads]
+    best = {path: max(r for r, h in ranks if h.source.path == path) for path in {h.source.path for h in heads}}
+    # Beside Hugging Face models a plain module is a part, or the original.
+    plainest = 2 if any(r >= 2 for r, _ in ranks) else 0
+    return [head for r, head in ranks if r == best[head.source.path] and r >= plainest]
+
+
+# Families
+
+
+def fields_of(family: Family) -> list[str]:
+    """The original's fields, as far as the family names them."""
+    named = [*(family.defaults or ()), *family.fields, family.maximum_length, family.vocabulary]
+    return list(dict.fromkeys(name for name in [*named, family.dropout] if name))
+
+
+def match_families(
+    repository: Repository,
+    head: Definition | None,
+    config: Definition | None,
+    outside: str | None,
+    families: Mapping[str, Family],
+) -> list[Match]:
+    """How well a configuration fits each family; one from elsewhere is looked up in its package's source."""
+    declared = findings.declared_fields(repository, config) if config else foreign_fields(outside or "")
+    for ancestor in lineage(repository, config)[1] if config else ():
+        declared = [*declared, *foreign_fields(_imported(repository, config, ancestor))]
+    name = config.name if config else (outside or "").rpartition(":")[2]
+    text = " ".join([str(head.source.path), head.name, name] if head else [name]).lower()
+    found = []
+    for family in families.values():
+        fields = fields_of(family)
+        known, mapped, guessed = [], {}, []
+        seen = findings.translated_fields(repository, name, fields)
+        for field in fields:
+            if set((field, *family.fields.get(field, ()))) & set(declared):
+                known.append(field)
+            elif seen.get(field) in declared:
+                mapped[field] = seen[field]
+        for field in fields:
+            if field not in known and field not in mapped:
+                free = [each for each in declared if each not in mapped.values()]
+                likely = [each for each in free if _alike(each, (field, *family.fields.get(field, ())))]
+                if len(likely) == 1:
+                    mapped[field] = likely[0]
+                    guessed.append(field)
+        count = len(known) + len(mapped)
+        said = f"{name} has {count} of its {len(fields)} fields"
+        bonus = 0.01 if family.name.lower() in text else 0.0
+        share = count / len(fields) + bonus
+        found.append(Match(family=family.name, share=share, config_map=mapped, guessed=guessed, said=said))
+    return found
+
+
+def _best(matches: Sequence[Match]) -> Match | None:
+    """The family that fits best; None when none fits well or two fit alike."""
+    ranked = sorted(matches, key=lambda match: -match.share)
+    if not ranked or ranked[0].share < ENOUGH or (len(ranked) > 1 and ranked[1].share == ranked[0].share):
+        return None
+    return ranked[0]
+
+
+def _alike(name: str, known: Sequence[str]) -> bool:
+    """Whether a field's name means the same as one of the known ones: `with_bias` and `bias`, `layers` and `n_layer`."""
+    mine = _meaning(name)
+    return bool(mine) and any(
+        mine == _meaning(other) or (len(mine) == 4 and _meaning(other).startswith(mine)) for other in known
+    )
+
+
+def _meaning(name: str) -> str:
+    words = [word.rstrip("s") or word for word in name.lower().split("_")]
+    return " ".join(word for word in words if word and word not in FILLERS)
+
+
+def foreign_fields(spec: str) -> list[str]:
+    """Fields of a configuration class of an installed package, from its source, without importing the package."""
+    module, _, name = spec.partition(":")
+    cls = foreign_class(module, name)
+    if cls is None:
+        return []
+    path = PurePosixPath("installed.py")
+    repository = Repository(root=Path(), sources={path: cls.source}, unread=())
+    return findings.declared_fields(repository, cls)
+
+
+def foreign_class(module: str, name: str) -> Definition | None:
+    """A class of an installed package, found in the files of the package that an import names."""
+    from harness.init.sources import Source
+
+    package = module.partition(".")[0]
+    if not name.isidentifier() or not package or package in ("torch", "typing", "dataclasses"):
+        return None
+    try:
+        found = importlib.util.find_spec(package)
+    except (ImportError, ValueError):
+        return None
+    pattern = re.compile(rf"^class {name}\b", flags=re.MULTILINE)
+    for folder in (found.submodule_search_locations or ()) if found else ():
+        for file in sorted(Path(folder).glob("models/*/*.py" if package == "transformers" else "**/*.py")):
+            text = file.read_text(encoding="utf-8", errors="replace")
+            if pattern.search(text):
+                path = PurePosixPath(package, *file.relative_to(folder).parts)
+                source = Source(path=path, tree=ast.parse(text), imports={})
+                return definitions(source).get(name)
+    return None
+
+
+def _imported(repository: Repository, config: Definition, ancestor: str) -> str:
+    from harness.init.sources import foreign
+
+    for cls in lineage(repository, config)[0]:
+        if ancestor in cls.source.imports and ancestor not in findings.PRETRAINED_CONFIG:
+            return foreign(cls.source, ancestor)
+    return ""
+
+
+def config_of(
+    repository: Repository, head: Definition, families: Mapping[str, Family]
+) -> tuple[Definition | None, str | None]:
+    """A model's configuration class: the one it names, else the best of its file, of what the file imports, or near."""
+    config, outside = findings.named_config(repository, head)
+    if config is not None or outside is not None:
+        return config, outside
+    every = [cls for cls in findings.classes(repository) if findings.is_config(repository, cls)]
+    imported = [find(repository, head.source, name) for name in head.source.imports]
+    for near in (
+        [cls for cls in every if cls.source.path == head.source.path],
+        [cls for cls in every if cls in imported],
+        [cls for cls in every if cls.source.path.parent == head.source.path.parent],
+    ):
+        shares = {
+            cls.spec: max((m.share for m in match_families(repository, head, cls, None, families)), default=0)
+            for cls in near
+        }
+        if shares and max(shares.values()) > 0:
+            return next(cls for cls in near if shares[cls.spec] == max(shares.values())), None
+    return None, None
+
+
+# Originals
+
+
+def is_original(repository: Repository, head: Definition, families: Mapping[str, Family]) -> bool:
+    """Whether a class is a copy of a family's original: no Hugging Face model, the name and the inputs of the original."""
+    if findings.is_hugging_face(repository, head):
+        return False
+    forward = method(repository, head, "forward")
+    for family in families.values():
+        module, _, name = family.original.partition(":")
+        theirs = original_forward(module, name)
+        if head.name == name and forward is not None and theirs and findings.parameters(forward.node)[:1] == theirs[:1]:
+            return True
+    return False
+
+
+def original_forward(module: str, name: str) -> list[str]:
+    """Names of the arguments of a built-in original's forward, from its source."""
+    from harness.init.sources import Source
+
+    try:
+        found = importlib.util.find_spec(module)
+        text = Path(found.origin).read_text(encoding="utf-8") if found and found.origin else ""
+        source = Source(path=PurePosixPath("original.py"), tree=ast.parse(text), imports={})
+    except (ImportError, ValueError, OSError, SyntaxError):
+        return []
+    cls = definitions(source).get(name)
+    for node in cls.node.body if cls else ():
+        if isinstance(node, ast.FunctionDef) and node.name == "forward":
+            return findings.parameters(node)
+    return []
+
+
+def nearest_original(originals: Sequence[Definition], head: Definition) -> Definition | None:
+    """The copy of the original that stands nearest to a port."""
+
+    def shared(original: Definition) -> int:
+        pairs = zip(original.source.path.parts, head.source.path.parts, strict=False)
+        return sum(mine == theirs for mine, theirs in pairs)
+
+    return max(originals, key=shared, default=None)
+
+
+# One port
+
+
+def describe(
+    repository: Repository,
+    head: Definition,
+    config_spec: str,
+    config: Definition | None,
+    match: Match,
+    families: Mapping[str, Family],
+    original: Definition | None,
+    taken: Sequence[str],
+) -> Proposal:
+    """The table of one port."""
+    kind = findings.model_type(repository, config) if config else None
+    values: dict[str, Any] = {
+        "name": unique(kind or head.name, taken),
+        "family": match.family,
+        "model": head.spec,
+        "config": config_spec,
+    }
+    reasons = {"family": match.said}
+    load, reasons["load"] = load_of(repository, head)
+    if load != "state_dict":
+        values["load"] = load
+    files = [head.source.path, *([config.source.path] if config else [])]
+    code = travelling(repository, files)
+    if len(code) > len(set(files)):
+        values["code"] = [str(path) for path in code]
+        reasons["code"] = "what the model's file imports beside it travels with a checkpoint"
+    if match.config_map:
+        values["config_map"] = dict(match.config_map)
+        by_name = f"; guessed by name: {', '.join(match.guessed)}" if match.guessed else ""
+        reasons["config_map"] = "fields that go by another name" + by_name
+    if original is not None:
+        values["original"] = original.spec
+        reasons["original"] = "this repository's copy of the original is the truth"
+    loss = findings.loss_convention(repository, head)
+    if loss is not None:
+        reasons["labels"] = loss.why
+        if loss.labels != "hf":
+            values["labels"] = loss.labels
+        if loss.ignore_index is not None:
+            values["ignore_index"] = loss.ignore_index
+    elif match.family in families and "loss" in families[match.family].features:
+        reasons["labels"] = "no loss was seen in forward; set labels if it is not Hugging Face's"
+    lacking = lacking_of(repository, head, families[match.family]) if match.family in families else {}
+    return Proposal(values=values, reasons=reasons, lacking=lacking)
+
+
+def unique(name: str, taken: Sequence[str]) -> str:
+    """A name for reports: lower case with hyphens, numbered when it is taken."""
+    words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "-", name)
+    plain = re.sub(r"[^a-z0-9]+", "-", words.lower()).strip("-") or "port"
+    plain = re.sub(r"-(lm-head-model|for-causal-lm|for-masked-lm)$", "", plain)
+    numbered = (plain, *(f"{plain}-{number}" for number in range(2, len(taken) + 3)))
+    return next(each for each in numbered if each not in taken)
+
+
+def load_of(repository: Repository, head: Definition) -> tuple[str, str]:
+    """How the original's weights get in, and what was seen."""
+    found = findings.converters(repository, head)
+    if found:
+        others = f"; there are also {', '.join(found[1:4])}" if found[1:] else ""
+        return f"checkpoint:{found[0]}", f"{found[0]} reads a file and builds the model{others}"
+    for script in findings.scripts(repository):
+        if re.search(rf"\b{head.name}\b", ast.unparse(script.tree)):
+            command = findings.command_line(script)
+            if command is not None:
+                return f"command:{command}", f"{script.path} is a program that converts a file"
+    if findings.overrides_from_pretrained(repository, head):
+        return "pretrained", f"{head.name} has a from_pretrained of its own"
+    return "state_dict", "no converter was found: the port has to take the original's tensors by their names"
+
+
+def lacking_of(repository: Repository, head: Definition, family: Family) -> dict[str, str]:
+    """Check patterns of what the family has and the class does not seem to have."""
+    ids = [check.id for check in CATALOGUE if set(check.needs) <= family.features]
+    found: dict[str, str] = {}
+
+    def note(pattern: str, why: str) -> None:
+        if fnmatch.filter(ids, pattern):
+            found.setdefault(pattern, why)
+
+    def note_feature(feature: str, why: str) -> None:
+        if feature in family.features:
+            for pattern in patterns_of(feature):
+                note(pattern, why)
+
+    forward = method(repository, head, "forward")
+    if not findings.is_hugging_face(repository, head):
+        for pattern in ("api.*", "roundtrip.*", "remote_code.*", "config.json_round_trip", "config.common_names"):
+            note(pattern, "it is no Hugging Face model")
+    if forward is None:
+        return found
+    if "GenerationMixin" not in lineage(repository, head)[1] and method(repository, head, "generate") is None:
+        note_feature("generation", "it does not generate")
+    for argument, what in WITHOUT.items():
+        if not findings.takes(forward, argument):
+            why = f"forward takes no {argument}"
+            if "." in what:
+                note(what, why)
+            else:
+                note_feature(what, why)
+    return found
+
+
+def patterns_of(feature: str) -> list[str]:
+    """Patterns of the checks that need a feature; one for a group of which all do."""
+    needing = [check.id for check in CATALOGUE if feature in check.needs]
+    patterns = []
+    for each in needing:
+        group = each.partition(".")[0]
+        whole = [check.id for check in CATALOGUE if check.id.startswith(f"{group}.")]
+        patterns.append(f"{group}.*" if set(whole) <= set(needing) else each)
+    return list(dict.fromkeys(patterns))
+
+
+def stock_ports(
+    repository: Repository, families: Mapping[str, Family], family: str | None, taken: Sequence[str]
+) -> list[Proposal]:
+    """Ports to a class of an installed package, known by a converter program that builds and saves one."""
+    proposals: list[Proposal] = []
+    for script in findings.scripts(repository):
+        called = {findings.last_name(call) for call in ast.walk(script.tree) if isinstance(call, ast.Call)}
+        outside = [name for name in sorted(called) if name in script.imports and not find(repository, script, name)]
+        model = next((name for name in outside if name.endswith(("LMHeadModel", "ForCausalLM", "ForMaskedLM"))), None)
+        config = next((name for name in outside if name.endswith("Config")), None)
+        command = findings.command_line(script)
+        if model is None or config is None or command is None:
+            continue
+        specs = [_installed_spec(script.imports[name][0], name) for name in (model, config)]
+        if None in specs:
+            continue
+        original_config = f"{script.imports[config][0]}:{config}"
+        matches = match_families(repository, None, None, original_config, families)
+        match = next((m for m in matches if m.family == family), None) if family else _best(matches)
+        if match is None:
+            continue
+        values: dict[str, Any] = {
+            "name": unique(model, [*taken, *(str(p.values["name"]) for p in proposals)]),
+            "family": match.family,
+            "model": specs[0],
+            "config": specs[1],
+            "load": f"command:{command}",
+        }
+        if match.config_map:
+            values["config_map"] = dict(match.config_map)
+        reasons = {"family": match.said, "load": f"{script.path} is a program that converts a file to a {model}"}
+        proposals.append(Proposal(values=values, reasons=reasons, lacking={}))
+    return proposals
+
+
+def _installed_spec(module: str, name: str) -> str | None:
+    cls = foreign_class(module, name)
+    return None if cls is None else f"{'.'.join(cls.source.path.with_suffix('').parts)}:{name}"
