@@ -32,9 +32,7 @@ def add_init_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser
     init.add_argument("--yes", "--write", action="store_true", dest="yes", help="write what is shown without asking")
     init.add_argument("--family", metavar="NAME", help="the family, where it cannot be guessed")
     init.add_argument("--model", metavar="SPEC", help="the port, where it cannot be guessed: file.py:Class")
-    init.add_argument(
-        "--harness", metavar="REQUIREMENT", help="where the workflow lets pip install the harness from"
-    )
+    init.add_argument("--harness", metavar="REQUIREMENT", help="where the workflow lets pip install the harness from")
     init.set_defaults(run=run_init)
 
 
@@ -42,22 +40,19 @@ def run_init(arguments: argparse.Namespace) -> int:
     """Runs a parsed `init` in the current directory. Returns 0; raises DescriptionError when nothing can be done."""
     from harness.init.proposal import propose
     from harness.init.sources import read_repository
-    from harness.init.writing import Change, description_change, workflow_change, write
+    from harness.init.writing import Change, description_change, tables_text, workflow_change, write
     from harness.ports import read_ports
 
     directory = Path.cwd()
     described = read_ports(directory)
     repository = read_repository(directory)
-    looked = propose(
-        repository, family=arguments.family, model=arguments.model, taken=[port.name for port in described]
-    )
+    looked = propose(repository, family=arguments.family, model=arguments.model, described=described)
     print(f"looked at {len(repository.sources)} Python files in {directory}")
     for line in repository.unread[:5]:
         print(f"  not read: {line}")
     for port in described:
         print(f"port '{port.name}' ({port.model}) is described already and is left as it is")
-    known = {(port.model) for port in described}
-    proposals = [proposal for proposal in looked.proposals if proposal.values["model"] not in known]
+    proposals = looked.proposals
     for number, proposal in enumerate(proposals, start=1):
         print(f"\nport {number} of {len(proposals)}: {proposal.values['model']}")
         for key, reason in proposal.reasons.items():
@@ -70,7 +65,11 @@ def run_init(arguments: argparse.Namespace) -> int:
         raise DescriptionError(f"no port was found in {directory}; what is looked for, and what to write, stands above")
     changes: list[Change] = []
     if proposals:
-        changes.append(description_change(directory, proposals))
+        try:
+            changes.append(description_change(directory, proposals))
+        except DescriptionError:
+            print("\n" + tables_text(proposals, heading="tool.parity.port"))
+            raise
     file = changes[0].path.name if changes else next(n for n in FILES if (directory / n).is_file())
     workflow = workflow_change(directory, harness=arguments.harness, file=file)
     if workflow.before is None:
@@ -97,9 +96,14 @@ FILES = ("parity.toml", "pyproject.toml")
 DEFAULTS = {"load": "state_dict", "labels": "hf"}
 
 
+def at_a_terminal() -> bool:
+    """Whether somebody can be asked."""
+    return sys.stdin.isatty() and sys.stdout.isatty()
+
+
 def _agreed(changes: Sequence[object]) -> bool:
     """Asks at a terminal; says how to go on where there is none."""
-    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+    if not at_a_terminal():
         print("nothing is written; to write it: parity init --yes")
         return False
     try:

@@ -7,7 +7,7 @@ import ast
 import dataclasses
 import re
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 from harness.init.sources import (
     Definition,
@@ -45,12 +45,14 @@ def classes(repository: Repository) -> list[Definition]:
     found = []
     for path, source in repository.sources.items():
         if not is_test(path):
-            found += [each for each in definitions(source).values() if isinstance(each.node, ast.ClassDef)]
+            found += [each for each in definitions(source) if isinstance(each.node, ast.ClassDef)]
     return found
 
 
 def is_config(repository: Repository, cls: Definition) -> bool:
-    """Whether a class is a Hugging Face configuration or a dataclass."""
+    """Whether something defined is a Hugging Face configuration or a dataclass."""
+    if not isinstance(cls.node, ast.ClassDef):
+        return False
     own, elsewhere = lineage(repository, cls)
     if any(name in PRETRAINED_CONFIG or name.endswith("Config") for name in elsewhere):
         return True
@@ -77,13 +79,13 @@ def is_model(repository: Repository, cls: Definition) -> bool:
 def heads(repository: Repository) -> list[Definition]:
     """The models of a repository that are neither a part of another nor the base of another."""
     models = [cls for cls in classes(repository) if is_model(repository, cls)]
-    inner: list[Definition] = []
+    inner: set[Definition] = set()
     for cls in classes(repository):
-        inner += lineage(repository, cls)[0][1:]
+        inner.update(lineage(repository, cls)[0][1:])
         constructor = method(repository, cls, "__init__")
         if constructor is not None:
             names = {last_name(call) for call in ast.walk(constructor.node) if isinstance(call, ast.Call)}
-            inner += [part for name in names if (part := find(repository, constructor.source, name)) and part != cls]
+            inner |= {part for name in names if (part := find(repository, constructor.source, name)) and part != cls}
     return [model for model in models if model not in inner]
 
 
@@ -120,7 +122,7 @@ def declared_fields(repository: Repository, cls: Definition) -> list[str]:
                 targets = [node.target] if isinstance(node, ast.AnnAssign) else node.targets
                 names = [target.id for target in targets if isinstance(target, ast.Name)]
                 if "attribute_map" in names and isinstance(node.value, ast.Dict):
-                    found += [key.value for key in node.value.keys if _is_text(key)]
+                    found += [text for key in node.value.keys if (text := _text(key))]
                 elif isinstance(node, ast.AnnAssign) and "ClassVar" not in ast.dump(node.annotation):
                     found += names
     return [name for name in dict.fromkeys(found) if not name.startswith("_")]
@@ -145,8 +147,8 @@ def named_config(repository: Repository, model: Definition) -> tuple[Definition 
             found = find(repository, constructor.source, last_name(argument.annotation or ast.Name(id="")))
             if found is not None and is_config(repository, found):
                 return found, None
-    for call in (node for node in ast.walk(model.source.tree) if isinstance(node, ast.Call)):
-        if last_name(call) in ("cls", model.name) and len(call.args) == 1 and isinstance(call.args[0], ast.Call):
+    for call in (*model.source.calls.get("cls", ()), *model.source.calls.get(model.name, ())):
+        if len(call.args) == 1 and isinstance(call.args[0], ast.Call):
             found = find(repository, model.source, last_name(call.args[0]))
             if found is not None and is_config(repository, found):
                 return found, None
@@ -154,12 +156,10 @@ def named_config(repository: Repository, model: Definition) -> tuple[Definition 
 
 
 def translated_fields(repository: Repository, config_name: str, fields: Sequence[str]) -> dict[str, str]:
-    """Field of the original -> keyword that converters of the repository give its value to: `Config(width=a["n_embd"])`."""
+    """Field of the original -> keyword that the repository's own code gives it by: `Config(width=a["n_embd"])`."""
     found: dict[str, str] = {}
     for source in repository.sources.values():
-        for call in (node for node in ast.walk(source.tree) if isinstance(node, ast.Call)):
-            if last_name(call) != config_name:
-                continue
+        for call in source.calls.get(config_name, ()):
             for keyword in call.keywords:
                 named = {field for field in fields if field in _words(keyword.value)}
                 if keyword.arg and len(named) == 1:
@@ -170,7 +170,7 @@ def translated_fields(repository: Repository, config_name: str, fields: Sequence
 def _words(expression: ast.AST) -> set[str]:
     """Texts and attributes that an expression reads."""
     nodes = list(ast.walk(expression))
-    texts = {node.value for node in nodes if _is_text(node)}
+    texts = {text for node in nodes if (text := _text(node))}
     return texts | {node.attr for node in nodes if isinstance(node, ast.Attribute)}
 
 
@@ -200,7 +200,9 @@ def takes_a_path(function: ast.FunctionDef) -> bool:
 
 def converters(repository: Repository, model: Definition) -> list[str]:
     """What may stand after `checkpoint:` for a model, the likeliest first: its classmethods, then functions."""
-    methods, near, far = [], [], []
+    methods: list[str] = []
+    near: list[str] = []
+    far: list[str] = []
     for cls in lineage(repository, model)[0]:
         for node in _class(cls).body:
             if not isinstance(node, ast.FunctionDef) or node.name == "from_pretrained" or not takes_a_path(node):
@@ -209,7 +211,7 @@ def converters(repository: Repository, model: Definition) -> list[str]:
             if bound and reads_files(repository, Definition(source=cls.source, node=node), model):
                 methods.append(f"{model.name}.{node.name}")
     for path, source in repository.sources.items():
-        for function in definitions(source).values() if not is_test(path) else ():
+        for function in definitions(source) if not is_test(path) else ():
             if not isinstance(function.node, ast.FunctionDef) or not takes_a_path(function.node):
                 continue
             if model in _built(repository, function) and reads_files(repository, function):
@@ -237,7 +239,7 @@ def scripts(repository: Repository) -> list[Source]:
     """Programs that read a file of tensors, take arguments, and save a Hugging Face directory."""
     found = []
     for path, source in repository.sources.items():
-        text = ast.unparse(source.tree)
+        text = source.text
         is_program = "sys.argv" in text or "ArgumentParser" in text
         reads = "torch.load" in text or any(f"{reader}(" in text for reader in READERS)
         if is_program and reads and ".save_pretrained(" in text and not is_test(path):
@@ -249,11 +251,10 @@ def command_line(script: Source) -> str | None:
     """How a converter program is called, with {checkpoint} and {out}; None when its arguments say something else."""
     positional: list[str] = []
     options: list[tuple[str, str]] = []
-    text = ast.unparse(script.tree)
-    for call in (node for node in ast.walk(script.tree) if isinstance(node, ast.Call)):
-        if last_name(call) != "add_argument" or not call.args or not _is_text(call.args[0]):
+    for call in script.calls.get("add_argument", ()):
+        names = [text for argument in call.args if (text := _text(argument))]
+        if not names:
             continue
-        names = [argument.value for argument in call.args if _is_text(argument)]  # type: ignore[attr-defined]
         name = next((name for name in names if name.startswith("--")), names[0])
         words = set(re.split(r"[-_]+", name.lower().strip("-")))
         place = "{out}" if words & OUT_WORDS else "{checkpoint}" if words & IN_WORDS else ""
@@ -263,7 +264,7 @@ def command_line(script: Source) -> str | None:
             options.append((name, place))
         elif any(k.arg == "required" and isinstance(k.value, ast.Constant) and k.value.value for k in call.keywords):
             return None
-    if "add_argument" not in text or positional == ["", ""]:
+    if "add_argument" not in script.calls or positional == ["", ""]:
         positional = ["{checkpoint}", "{out}"]
     parts = [*positional, *(part for option in options for part in option)]
     if sorted(part for part in parts if part.startswith("{")) != ["{checkpoint}", "{out}"] or "" in positional:
@@ -283,7 +284,8 @@ def loss_convention(repository: Repository, model: Definition) -> Loss | None:
     nodes = [node for function in functions for node in ast.walk(function.node)]
     if any(isinstance(node, ast.Attribute) and node.attr == "loss_function" for node in nodes):
         return Loss(labels="hf", ignore_index=None, why="forward calls transformers' loss_function")
-    losses = [node for node in nodes if isinstance(node, ast.Call) and last_name(node) in LOSSES]
+    calls = [node for node in nodes if isinstance(node, ast.Call) and not isinstance(node.func, ast.Call)]
+    losses = [call for call in calls if last_name(call) in LOSSES]
     if not losses:
         return None
     ignored = {_ignored(repository, call, functions) for call in losses}
@@ -339,22 +341,20 @@ def _constant(value: ast.AST, function: Definition, *, steps: int = 3) -> int | 
 
 def registered_families(repository: Repository) -> list[str]:
     """Names in `Family(name="...")` calls of files that call register_family or define a family."""
-    found: Mapping[str, None] = {}
+    found: dict[str, None] = {}
     for source in repository.sources.values():
-        for call in (node for node in ast.walk(source.tree) if isinstance(node, ast.Call)):
-            if last_name(call) == "Family":
-                names = [k.value.value for k in call.keywords if k.arg == "name" and _is_text(k.value)]  # type: ignore[attr-defined]
-                found = {**found, **dict.fromkeys(names)}
+        for call in source.calls.get("Family", ()):
+            found |= {text: None for k in call.keywords if k.arg == "name" and (text := _text(k.value))}
     return list(found)
 
 
 def model_type(repository: Repository, cls: Definition) -> str | None:
     """The `model_type` of a configuration class."""
     for node in _class(cls).body:
-        if isinstance(node, ast.AnnAssign | ast.Assign) and node.value is not None and _is_text(node.value):
+        if isinstance(node, ast.AnnAssign | ast.Assign):
             targets = [node.target] if isinstance(node, ast.AnnAssign) else node.targets
             if any(isinstance(target, ast.Name) and target.id == "model_type" for target in targets):
-                return str(node.value.value)  # type: ignore[attr-defined]
+                return _text(node.value) or None
     return None
 
 
@@ -363,5 +363,6 @@ def _class(definition: Definition) -> ast.ClassDef:
     return definition.node
 
 
-def _is_text(node: ast.AST | None) -> bool:
-    return isinstance(node, ast.Constant) and isinstance(node.value, str)
+def _text(node: ast.AST | None) -> str:
+    """A text that is written out, or nothing."""
+    return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else ""

@@ -16,7 +16,19 @@ from harness.checks import CATALOGUE
 from harness.errors import DescriptionError
 from harness.families import Family, family_names, find_family, nearest
 from harness.init import findings
-from harness.init.sources import Definition, Repository, definitions, find, is_test, lineage, method, travelling
+from harness.init.sources import (
+    Definition,
+    Repository,
+    definitions,
+    find,
+    foreign,
+    is_test,
+    lineage,
+    method,
+    source,
+    travelling,
+)
+from harness.ports import Port
 
 ENOUGH = 0.6
 """The share of a family's fields that a configuration has to have to count as one of its ports."""
@@ -79,13 +91,15 @@ def installed_families() -> tuple[dict[str, Family], list[str]]:
 
 
 def propose(
-    repository: Repository, *, family: str | None = None, model: str | None = None, taken: Sequence[str] = ()
+    repository: Repository, *, family: str | None = None, model: str | None = None, described: Sequence[Port] = ()
 ) -> Looked:
-    """The ports of a repository, those of `taken` names left out.
+    """The ports of a repository, those left out that are described already.
 
     `family` and `model` (`file.py:Class`) fix what else is guessed. Raises DescriptionError when they name nothing.
     """
     families, remarks = installed_families()
+    taken = [port.name for port in described]
+    known = {as_file(port.model) for port in described}
     if family is not None and family not in families:
         if family not in findings.registered_families(repository):
             raise DescriptionError(f"there is no family '{family}'{nearest(family, list(families))}")
@@ -100,6 +114,8 @@ def propose(
     originals = [head for head in heads if model is None and is_original(repository, head, families)]
     proposals: list[Proposal] = []
     for head in _likeliest(repository, [head for head in heads if head not in originals]):
+        if head.spec in known:
+            continue
         config, outside = config_of(repository, head, families)
         matches = match_families(repository, head, config, outside, families)
         chosen = next((m for m in matches if m.family == family), None) if family else _best(matches)
@@ -114,10 +130,17 @@ def propose(
         truth = nearest_original(originals, head)
         proposals.append(describe(repository, head, where, config, chosen, families, truth, names))
     if not proposals and model is None:
-        proposals += stock_ports(repository, families, family, taken)
-    if originals and not proposals:
+        stock = stock_ports(repository, families, family, taken)
+        proposals += [proposal for proposal in stock if as_file(str(proposal.values["model"])) not in known]
+    if originals and not proposals and not described:
         remarks += [f"{each.spec} looks like a copy of the original; a port of it was not found" for each in originals]
     return Looked(proposals=proposals, remarks=remarks)
+
+
+def as_file(spec: str) -> str:
+    """A spec by module as the spec by file that means the same below the same directory."""
+    place, _, name = spec.rpartition(":")
+    return spec if place.endswith(".py") else f"{place.replace('.', '/')}.py:{name}"
 
 
 def _passed_over(head: Definition, config: str | None, matches: Sequence[Match]) -> str:
@@ -170,8 +193,8 @@ def match_families(
 ) -> list[Match]:
     """How well a configuration fits each family; one from elsewhere is looked up in its package's source."""
     declared = findings.declared_fields(repository, config) if config else foreign_fields(outside or "")
-    for ancestor in lineage(repository, config)[1] if config else ():
-        declared = [*declared, *foreign_fields(_imported(repository, config, ancestor))]
+    for spec in _foreign_ancestors(repository, config) if config else ():
+        declared = [*declared, *foreign_fields(spec)]
     name = config.name if config else (outside or "").rpartition(":")[2]
     text = " ".join([str(head.source.path), head.name, name] if head else [name]).lower()
     found = []
@@ -180,7 +203,7 @@ def match_families(
         known, mapped, guessed = [], {}, []
         seen = findings.translated_fields(repository, name, fields)
         for field in fields:
-            if set((field, *family.fields.get(field, ()))) & set(declared):
+            if {field, *family.fields.get(field, ())} & set(declared):
                 known.append(field)
             elif seen.get(field) in declared:
                 mapped[field] = seen[field]
@@ -208,7 +231,7 @@ def _best(matches: Sequence[Match]) -> Match | None:
 
 
 def _alike(name: str, known: Sequence[str]) -> bool:
-    """Whether a field's name means the same as one of the known ones: `with_bias` and `bias`, `layers` and `n_layer`."""
+    """Whether a field's name means the same as a known one: `with_bias` and `bias`, `layers` and `n_layer`."""
     mine = _meaning(name)
     return bool(mine) and any(
         mine == _meaning(other) or (len(mine) == 4 and _meaning(other).startswith(mine)) for other in known
@@ -233,33 +256,33 @@ def foreign_fields(spec: str) -> list[str]:
 
 def foreign_class(module: str, name: str) -> Definition | None:
     """A class of an installed package, found in the files of the package that an import names."""
-    from harness.init.sources import Source
-
     package = module.partition(".")[0]
     if not name.isidentifier() or not package or package in ("torch", "typing", "dataclasses"):
         return None
     try:
-        found = importlib.util.find_spec(package)
+        package_spec = importlib.util.find_spec(package)
     except (ImportError, ValueError):
         return None
-    pattern = re.compile(rf"^class {name}\b", flags=re.MULTILINE)
-    for folder in (found.submodule_search_locations or ()) if found else ():
+    pattern = re.compile(rf"^class {name}\b".encode(), flags=re.MULTILINE)
+    for folder in (package_spec.submodule_search_locations or ()) if package_spec else ():
         for file in sorted(Path(folder).glob("models/*/*.py" if package == "transformers" else "**/*.py")):
-            text = file.read_text(encoding="utf-8", errors="replace")
-            if pattern.search(text):
+            content = file.read_bytes()
+            if pattern.search(content):
                 path = PurePosixPath(package, *file.relative_to(folder).parts)
-                source = Source(path=path, tree=ast.parse(text), imports={})
-                return definitions(source).get(name)
+                found = source(path, content)
+                return find(Repository(root=Path(), sources={}, unread=()), found, name)
     return None
 
 
-def _imported(repository: Repository, config: Definition, ancestor: str) -> str:
-    from harness.init.sources import foreign
-
-    for cls in lineage(repository, config)[0]:
-        if ancestor in cls.source.imports and ancestor not in findings.PRETRAINED_CONFIG:
-            return foreign(cls.source, ancestor)
-    return ""
+def _foreign_ancestors(repository: Repository, config: Definition) -> list[str]:
+    """Specs of a configuration's ancestors in installed packages, the common one of all left out."""
+    own, elsewhere = lineage(repository, config)
+    return [
+        foreign(cls.source, name)
+        for cls in own
+        for name in elsewhere
+        if name in cls.source.imports and name not in findings.PRETRAINED_CONFIG
+    ]
 
 
 def config_of(
@@ -269,13 +292,10 @@ def config_of(
     config, outside = findings.named_config(repository, head)
     if config is not None or outside is not None:
         return config, outside
-    every = [cls for cls in findings.classes(repository) if findings.is_config(repository, cls)]
-    imported = [find(repository, head.source, name) for name in head.source.imports]
-    for near in (
-        [cls for cls in every if cls.source.path == head.source.path],
-        [cls for cls in every if cls in imported],
-        [cls for cls in every if cls.source.path.parent == head.source.path.parent],
-    ):
+    beside = [each for path, each in repository.sources.items() if path.parent == head.source.path.parent]
+    imported = [found for name in head.source.imports if (found := find(repository, head.source, name))]
+    for near in (definitions(head.source), imported, [cls for each in beside for cls in definitions(each)]):
+        near = [cls for cls in near if findings.is_config(repository, cls)]
         shares = {
             cls.spec: max((m.share for m in match_families(repository, head, cls, None, families)), default=0)
             for cls in near
@@ -289,7 +309,7 @@ def config_of(
 
 
 def is_original(repository: Repository, head: Definition, families: Mapping[str, Family]) -> bool:
-    """Whether a class is a copy of a family's original: no Hugging Face model, the name and the inputs of the original."""
+    """Whether a class is a copy of a family's original: its name, its first input, and no Hugging Face model."""
     if findings.is_hugging_face(repository, head):
         return False
     forward = method(repository, head, "forward")
@@ -303,16 +323,13 @@ def is_original(repository: Repository, head: Definition, families: Mapping[str,
 
 def original_forward(module: str, name: str) -> list[str]:
     """Names of the arguments of a built-in original's forward, from its source."""
-    from harness.init.sources import Source
-
     try:
         found = importlib.util.find_spec(module)
-        text = Path(found.origin).read_text(encoding="utf-8") if found and found.origin else ""
-        source = Source(path=PurePosixPath("original.py"), tree=ast.parse(text), imports={})
+        content = Path(found.origin).read_bytes() if found and found.origin else b""
+        cls = source(PurePosixPath("original.py"), content).defined.get(name)
     except (ImportError, ValueError, OSError, SyntaxError):
         return []
-    cls = definitions(source).get(name)
-    for node in cls.node.body if cls else ():
+    for node in cls.body if cls else ():
         if isinstance(node, ast.FunctionDef) and node.name == "forward":
             return findings.parameters(node)
     return []
@@ -394,7 +411,7 @@ def load_of(repository: Repository, head: Definition) -> tuple[str, str]:
         others = f"; there are also {', '.join(found[1:4])}" if found[1:] else ""
         return f"checkpoint:{found[0]}", f"{found[0]} reads a file and builds the model{others}"
     for script in findings.scripts(repository):
-        if re.search(rf"\b{head.name}\b", ast.unparse(script.tree)):
+        if re.search(rf"\b{head.name}\b", script.text):
             command = findings.command_line(script)
             if command is not None:
                 return f"command:{command}", f"{script.path} is a program that converts a file"
@@ -409,8 +426,9 @@ def lacking_of(repository: Repository, head: Definition, family: Family) -> dict
     found: dict[str, str] = {}
 
     def note(pattern: str, why: str) -> None:
-        if fnmatch.filter(ids, pattern):
-            found.setdefault(pattern, why)
+        covered = {each for known in found for each in fnmatch.filter(ids, known)}
+        if set(fnmatch.filter(ids, pattern)) - covered:
+            found[pattern] = why
 
     def note_feature(feature: str, why: str) -> None:
         if feature in family.features:
@@ -452,8 +470,9 @@ def stock_ports(
     """Ports to a class of an installed package, known by a converter program that builds and saves one."""
     proposals: list[Proposal] = []
     for script in findings.scripts(repository):
-        called = {findings.last_name(call) for call in ast.walk(script.tree) if isinstance(call, ast.Call)}
-        outside = [name for name in sorted(called) if name in script.imports and not find(repository, script, name)]
+        outside = [
+            name for name in sorted(script.calls) if name in script.imports and not find(repository, script, name)
+        ]
         model = next((name for name in outside if name.endswith(("LMHeadModel", "ForCausalLM", "ForMaskedLM"))), None)
         config = next((name for name in outside if name.endswith("Config")), None)
         command = findings.command_line(script)

@@ -16,28 +16,41 @@ LARGEST = 1_000_000
 MOST = 20_000
 """Files looked at, so that a directory with a data set in it ends too."""
 
+DEEPEST = 150
+"""Levels of syntax; following more could end the process."""
+
 SKIPPED = frozenset({"__pycache__", "build", "dist", "node_modules", "site-packages", "test", "tests", "testing"})
 WORDS = re.compile(rb"torch|transformers|mlx|dataclass|[Cc]onfig|register_family")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Source:
-    """One file: its path from the repository's root, its syntax, and where each imported name comes from.
+    """One file: its path from the repository's root, its syntax and text, and what names in it mean.
 
     imports: local name -> (module with its leading dots, name in it or None for the module itself).
+    defined: classes and functions of the top level, those under an `if` or `try` too. calls: by the last name called.
     """
 
     path: PurePosixPath
     tree: ast.Module
+    text: str
     imports: Mapping[str, tuple[str, str | None]]
+    defined: Mapping[str, ast.ClassDef | ast.FunctionDef]
+    calls: Mapping[str, Sequence[ast.Call]]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Definition:
-    """A class or function at the top level of a file."""
+    """A class, function or method in a file; two are the same when they stand at the same place."""
 
     source: Source
     node: ast.ClassDef | ast.FunctionDef
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Definition) and other.node is self.node
+
+    def __hash__(self) -> int:
+        return id(self.node)
 
     @property
     def name(self) -> str:
@@ -77,9 +90,9 @@ def read_repository(root: Path) -> Repository:
     # What a model's file imports beside it matters whatever is in it.
     pending = list(sources.values())
     while pending:
-        source = pending.pop()
-        for module, original in source.imports.values():
-            for name in _possible_files(source, module, original):
+        importing = pending.pop()
+        for module, original in importing.imports.values():
+            for name in _possible_files(importing, module, original):
                 if name in every and name not in sources:
                     every.discard(name)
                     pending += _read(root, name, sources, unread)
@@ -99,8 +112,7 @@ def _read(
         path = root / name
         content = path.read_bytes() if path.stat().st_size <= LARGEST else b""
         if words is None or words.search(content):
-            tree = ast.parse(content)
-            sources[name] = Source(path=name, tree=tree, imports=_imports(tree))
+            sources[name] = source(name, content)
             return [sources[name]]
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         unread.append(f"{name}: {type(error).__name__}")
@@ -125,36 +137,55 @@ def _is_left_out(folder: Path) -> bool:
     return name.startswith(".") or name in SKIPPED or name.endswith(".egg-info") or (folder / "pyvenv.cfg").exists()
 
 
+def source(path: PurePosixPath, content: bytes) -> Source:
+    """A file's content. Raises SyntaxError, or ValueError for no text or one nested too deeply."""
+    tree = ast.parse(content)
+    imports: dict[str, tuple[str, str | None]] = {}
+    calls: dict[str, list[ast.Call]] = {}
+    pending: list[tuple[ast.AST, int]] = [(tree, 0)]
+    while pending:
+        node, depth = pending.pop()
+        if depth > DEEPEST:
+            raise ValueError("nested too deeply")
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            _note_import(node, imports)
+        elif isinstance(node, ast.Call):
+            calls.setdefault(last_name(node), []).append(node)
+        pending.extend((child, depth + 1) for child in reversed(list(ast.iter_child_nodes(node))))
+    text = content.decode(errors="replace")
+    return Source(path=path, tree=tree, text=text, imports=imports, defined=_defined(tree), calls=calls)
+
+
+def _note_import(node: ast.Import | ast.ImportFrom, imports: dict[str, tuple[str, str | None]]) -> None:
+    for alias in node.names:
+        if isinstance(node, ast.ImportFrom):
+            module = "." * node.level + (node.module or "")
+            imports.setdefault(alias.asname or alias.name, (module, alias.name))
+        else:
+            local = alias.asname or alias.name.partition(".")[0]
+            imports.setdefault(local, (alias.name if alias.asname else local, None))
+
+
 def is_test(path: PurePosixPath) -> bool:
     """Whether a file is a test by its name."""
     return path.name.startswith("test_") or path.name.endswith("_test.py") or path.name == "conftest.py"
 
 
-def _imports(tree: ast.Module) -> dict[str, tuple[str, str | None]]:
-    found: dict[str, tuple[str, str | None]] = {}
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            for alias in node.names:
-                local = alias.asname or alias.name.partition(".")[0]
-                found.setdefault(local, (alias.name if alias.asname else local, None))
-        elif isinstance(node, ast.ImportFrom):
-            module = "." * node.level + (node.module or "")
-            for alias in node.names:
-                found.setdefault(alias.asname or alias.name, (module, alias.name))
-    return found
-
-
-def definitions(source: Source) -> dict[str, Definition]:
-    """Classes and functions of a file's top level, and those under an `if` or `try` there."""
-    found: dict[str, Definition] = {}
-    pending: list[ast.AST] = list(source.tree.body)
+def _defined(tree: ast.Module) -> dict[str, ast.ClassDef | ast.FunctionDef]:
+    found: dict[str, ast.ClassDef | ast.FunctionDef] = {}
+    pending: list[ast.AST] = list(tree.body)
     while pending:
         node = pending.pop(0)
         if isinstance(node, ast.ClassDef | ast.FunctionDef):
-            found.setdefault(node.name, Definition(source=source, node=node))
+            found.setdefault(node.name, node)
         elif isinstance(node, ast.If | ast.Try | ast.With | ast.ExceptHandler):
             pending.extend(ast.iter_child_nodes(node))
     return found
+
+
+def definitions(source: Source) -> list[Definition]:
+    """Classes and functions of a file's top level."""
+    return [Definition(source=source, node=node) for node in source.defined.values()]
 
 
 def _possible_files(source: Source, module: str, original: str | None) -> list[PurePosixPath]:
@@ -184,9 +215,10 @@ def module_file(
 
 def find(repository: Repository, source: Source, name: str, *, steps: int = 5) -> Definition | None:
     """The definition that a name in a file means, through imports within the repository; None for anything else."""
-    own = definitions(source).get(name)
-    if own is not None or name not in source.imports or not steps:
-        return own
+    if name in source.defined:
+        return Definition(source=source, node=source.defined[name])
+    if name not in source.imports or not steps:
+        return None
     module, original = source.imports[name]
     if original is None:
         return None
@@ -239,9 +271,9 @@ def travelling(repository: Repository, files: Sequence[PurePosixPath]) -> list[P
     """Files, and those they import beside them, directly or not: what must travel with a checkpoint."""
     found, pending = list(dict.fromkeys(files)), list(dict.fromkeys(files))
     while pending:
-        source = repository.sources[pending.pop(0)]
-        for module, original in source.imports.values():
-            file = module_file(repository, source, module, original)
+        importing = repository.sources[pending.pop(0)]
+        for module, original in importing.imports.values():
+            file = module_file(repository, importing, module, original)
             # A package's __init__ stays: a checkpoint's directory is no package.
             if file is not None and file.name != "__init__.py" and file not in found:
                 found.append(file)
@@ -258,9 +290,8 @@ def reached(repository: Repository, start: Definition, *, owner: Definition | No
             target: Definition | None = None
             if isinstance(call.func, ast.Name):
                 target = find(repository, function.source, call.func.id)
-            elif isinstance(call.func, ast.Attribute) and isinstance(call.func.value, ast.Name) and owner is not None:
-                if call.func.value.id in ("self", "cls", owner.name):
-                    target = method(repository, owner, call.func.attr)
+            elif owner is not None and ast.unparse(call.func).partition(".")[0] in ("self", "cls", owner.name):
+                target = method(repository, owner, last_name(call))
             if target is not None and isinstance(target.node, ast.FunctionDef) and target not in found:
                 found.append(target)
                 pending.append(target)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import sys
 import tomllib
 from collections.abc import Mapping, Sequence
 from importlib import metadata
@@ -71,6 +72,11 @@ class Change:
     before: bytes | None
 
 
+def tables_text(proposals: Sequence[Proposal], *, heading: str) -> str:
+    """The tables of several ports."""
+    return "\n".join(table_text(proposal, heading=heading) for proposal in proposals)
+
+
 def table_text(proposal: Proposal, *, heading: str) -> str:
     """A port's table as TOML, with comments that say what was seen where it was guessed."""
     lines = [f"[[{heading}]]"]
@@ -80,7 +86,9 @@ def table_text(proposal: Proposal, *, heading: str) -> str:
         lines.append(f"{key} = {toml(value)}")
     lines.append("# min_checks = 0  # after a green run: the number of checks that ran, so that none falls silent")
     if proposal.lacking:
-        lines.append("# What the port seems to do without. The gate asks for it until it is declared: uncomment what is meant.")
+        lines.append(
+            "# What the port seems to do without. The gate asks for it until it is declared: uncomment what is meant."
+        )
         lines.append(f"# [{heading}.lacks]")
         lines += [f"# {toml(pattern)} = {toml(reason)}" for pattern, reason in proposal.lacking.items()]
     return "\n".join(lines) + "\n"
@@ -112,13 +120,15 @@ def description_change(directory: Path, proposals: Sequence[Proposal]) -> Change
     known = tomllib.loads(old)
     heading = "port" if path.name == "parity.toml" and "port" in known else "tool.parity.port"
     end = "\r\n" if "\r\n" in old else "\n"
-    text = "\n".join(table_text(proposal, heading=heading) for proposal in proposals)
+    text = tables_text(proposals, heading=heading)
     gap = "" if not old.strip() else "\n" if old.endswith("\n") else "\n\n"
     added = (gap + text).replace("\n", end)
     try:
         document = tomllib.loads(old + added)
     except tomllib.TOMLDecodeError as error:
-        raise DescriptionError(f"a table cannot be appended to {path.name} as it is: {error}; write it there by hand") from None
+        raise DescriptionError(
+            f"a table cannot be appended to {path.name} as it is: {error}; write it there by hand"
+        ) from None
     table = document if heading == "port" else document["tool"]["parity"]
     wanted = {str(proposal.values["name"]) for proposal in proposals}
     for port in parse_ports(table, root=directory, file=path.name):
@@ -135,8 +145,10 @@ def workflow_change(directory: Path, *, harness: str | None, file: str) -> Chang
     text = STEPS.format(
         file=(below / file).as_posix(),
         harness=json.dumps(harness if harness is not None else harness_requirement()),
-        defaults=f"    defaults:\n      run:\n        working-directory: {json.dumps(below.as_posix())}\n" if nested else "",
-        python="3.12",
+        defaults=f"    defaults:\n      run:\n        working-directory: {json.dumps(below.as_posix())}\n"
+        if nested
+        else "",
+        python=f"{sys.version_info.major}.{sys.version_info.minor}",
         install=install_step(directory),
         prefix=f"{below.as_posix()}/" if nested else "",
     )
@@ -156,8 +168,7 @@ def install_step(directory: Path) -> str:
     if (directory / "requirements.txt").is_file():
         lines.append("python -m pip install -r requirements.txt")
     pyproject = directory / "pyproject.toml"
-    is_package = pyproject.is_file() and "project" in tomllib.loads(pyproject.read_text(encoding="utf-8-sig"))
-    if is_package or (directory / "setup.py").is_file():
+    if (directory / "setup.py").is_file() or (pyproject.is_file() and b"[project]" in pyproject.read_bytes()):
         lines.append("python -m pip install -e .")
     if not lines:
         return ""
@@ -179,7 +190,7 @@ def harness_requirement() -> str:
 
 
 def write(change: Change) -> None:
-    """Writes a change whole or not at all. Raises DescriptionError when the file is not what it was when it was read."""
+    """Writes a change whole or not at all. Raises DescriptionError when the file is no longer what was read."""
     now = change.path.read_bytes() if change.path.is_file() else None
     if now != change.before:
         raise DescriptionError(f"{change.path} has changed while it was shown; nothing was written to it")
