@@ -358,6 +358,15 @@ def model_type(repository: Repository, cls: Definition) -> str | None:
     return None
 
 
+def is_set(lineage_of: Sequence[Definition], name: str) -> bool:
+    """Whether a class or an ancestor sets an attribute to true."""
+    for cls in lineage_of:
+        for node in _class(cls).body:
+            if isinstance(node, ast.Assign) and name in [last_name(target) for target in node.targets]:
+                return isinstance(node.value, ast.Constant) and bool(node.value.value)
+    return False
+
+
 def _class(definition: Definition) -> ast.ClassDef:
     assert isinstance(definition.node, ast.ClassDef)
     return definition.node

@@ -47,6 +47,10 @@ WITHOUT = {
 """Argument of a forward -> the feature, or the check, that a port without it lacks."""
 
 
+PLAIN_BASES = {"PreTrainedModel", "GenerationMixin", "Module"}
+"""Ancestors that bring no model of their own."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Proposal:
     """A port as its table would describe it.
@@ -439,9 +443,12 @@ def lacking_of(repository: Repository, head: Definition, family: Family) -> dict
     if not findings.is_hugging_face(repository, head):
         for pattern in ("api.*", "roundtrip.*", "remote_code.*", "config.json_round_trip", "config.common_names"):
             note(pattern, "it is no Hugging Face model")
+    own, elsewhere = lineage(repository, head)
+    if not findings.is_set(own, "supports_gradient_checkpointing") and set(elsewhere) <= PLAIN_BASES:
+        note("training.gradient_checkpointing", "supports_gradient_checkpointing is not set")
     if forward is None:
         return found
-    if "GenerationMixin" not in lineage(repository, head)[1] and method(repository, head, "generate") is None:
+    if "GenerationMixin" not in elsewhere and method(repository, head, "generate") is None:
         note_feature("generation", "it does not generate")
     for argument, what in WITHOUT.items():
         if not findings.takes(forward, argument):
