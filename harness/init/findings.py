@@ -83,10 +83,26 @@ def heads(repository: Repository) -> list[Definition]:
     for cls in classes(repository):
         inner.update(lineage(repository, cls)[0][1:])
         constructor = method(repository, cls, "__init__")
-        if constructor is not None:
-            names = {last_name(call) for call in ast.walk(constructor.node) if isinstance(call, ast.Call)}
-            inner |= {part for name in names if (part := find(repository, constructor.source, name)) and part != cls}
+        outer = is_hugging_face(repository, cls)
+        if constructor is None or not (outer or "Module" in lineage(repository, cls)[1]):
+            continue
+        for call in (node for node in ast.walk(constructor.node) if isinstance(node, ast.Call)):
+            part = find(repository, constructor.source, last_name(call))
+            # A Hugging Face model inside a plain module is a port with a wrapper around it.
+            if part is not None and part != cls and (outer or not is_hugging_face(repository, part)):
+                inner.add(part)
     return [model for model in models if model not in inner]
+
+
+def auto_class(model: Definition) -> str | None:
+    """The Auto class that a model's file registers it for."""
+    for call in model.source.calls.get("register_for_auto_class", ()):
+        if isinstance(call.func, ast.Attribute) and last_name(call.func.value) == model.name and call.args:
+            return _text(call.args[0]) or None
+    for call in model.source.calls.get("register", ()):
+        if isinstance(call.func, ast.Attribute) and call.args and last_name(call.args[-1]) == model.name:
+            return last_name(call.func.value) or None
+    return None
 
 
 def parameters(function: ast.AST, *, required: bool = False) -> list[str]:

@@ -117,7 +117,7 @@ def propose(
     heads = [head for head in heads if model is not None or not is_test(head.source.path)]
     originals = [head for head in heads if model is None and is_original(repository, head, families)]
     proposals: list[Proposal] = []
-    for head in _likeliest(repository, [head for head in heads if head not in originals]):
+    for head in _likeliest(repository, [head for head in heads if head not in originals], families):
         if head.spec in known:
             continue
         config, outside = config_of(repository, head, families)
@@ -162,20 +162,23 @@ def _passed_over(head: Definition, config: str | None, matches: Sequence[Match])
     )
 
 
-def _likeliest(repository: Repository, heads: Sequence[Definition]) -> list[Definition]:
-    """Of several classes in one file the ones that generate, or else take labels: the others are other heads."""
+def _likeliest(repository: Repository, heads: Sequence[Definition], families: Mapping[str, Family]) -> list[Definition]:
+    """Of several classes in one file those that a family's ports are loaded as, or else generate or take labels."""
+    auto_classes = {family.port_auto_class for family in families.values()}
 
     def rank(head: Definition) -> int:
         forward = method(repository, head, "forward")
         generates = "GenerationMixin" in lineage(repository, head)[1] or forward is None
-        return 2 * findings.is_hugging_face(repository, head) + (
-            generates or (forward is not None and bool({"labels", "targets"} & set(findings.parameters(forward.node))))
-        )
+        labelled = forward is not None and bool({"labels", "targets"} & set(findings.parameters(forward.node)))
+        registered = findings.auto_class(head)
+        named = any(head.name.endswith(each.removeprefix("AutoModel")) for each in auto_classes)
+        fits = registered in auto_classes or (registered is None and named)
+        return 8 * findings.is_hugging_face(repository, head) + 4 * fits + 2 * generates + labelled
 
     ranks = [(rank(head), head) for head in heads]
     best = {path: max(r for r, h in ranks if h.source.path == path) for path in {h.source.path for h in heads}}
     # Beside Hugging Face models a plain module is a part, or the original.
-    plainest = 2 if any(r >= 2 for r, _ in ranks) else 0
+    plainest = 8 if any(r >= 8 for r, _ in ranks) else 0
     return [head for r, head in ranks if r == best[head.source.path] and r >= plainest]
 
 

@@ -326,6 +326,32 @@ def test_a_converter_to_a_class_of_transformers_describes_that_class(here: Path)
     ]
 
 
+OTHER_HEAD = """
+class MineForSequenceClassification(MinePreTrainedModel):
+    def __init__(self, config):
+        super().__init__(config)
+        self.model = MineModel(config)
+
+    def forward(self, input_ids, labels=None):
+        return nn.functional.cross_entropy(self.model(input_ids), labels)
+"""
+
+
+@pytest.mark.parametrize("register", ["", "\nMineForCausalLM.register_for_auto_class('AutoModelForCausalLM')\n"])
+def test_other_heads_and_wrappers_are_no_ports(here: Path, register: str) -> None:
+    text = model(CONFIG, functions=OTHER_HEAD + register)
+    wrapper = (
+        "from torch import nn\nfrom port import MineForCausalLM\n\nclass Wrapper(nn.Module):\n"
+        "    def __init__(self, config):\n        self.model = MineForCausalLM(config)\n\n"
+        "    def forward(self, input_ids):\n        return self.model(input_ids)\n"
+    )
+    write({"port.py": text.replace("MineForCausalLM", "Mine") if register else text, "wrapper.py": wrapper})
+    if register:
+        write({"wrapper.py": wrapper.replace("MineForCausalLM", "Mine")})
+    (table,) = described(here)
+    assert table["model"] == ("port.py:Mine" if register else "port.py:MineForCausalLM")
+
+
 def test_nothing_of_the_repository_is_imported(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     evil = "import pathlib\npathlib.Path('imported').write_text('')\n"
     write({"port.py": evil + model(CONFIG), "conftest.py": evil, "mine/__init__.py": evil, "setup.py": evil})
