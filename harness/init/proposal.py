@@ -66,10 +66,14 @@ class Proposal:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Match:
-    """A family that a configuration fits: the share of its fields, and those that go by a name it does not know."""
+    """How a configuration fits a family: the share of its fields, and those that go by a name it does not know.
+
+    named: the family's name is part of the port's; of two families that fit alike, that one.
+    """
 
     family: str
     share: float
+    named: bool
     config_map: Mapping[str, str]
     guessed: Sequence[str]
     said: str
@@ -124,7 +128,7 @@ def propose(
         matches = match_families(repository, head, config, outside, families)
         chosen = next((m for m in matches if m.family == family), None) if family else _best(matches)
         if chosen is None and family is not None:
-            chosen = Match(family=family, share=0, config_map={}, guessed=(), said="as --family says")
+            chosen = Match(family=family, share=0, named=True, config_map={}, guessed=(), said="as --family says")
         where = config.spec if config else outside
         if where is None or chosen is None:
             if where is not None or findings.is_hugging_face(repository, head):
@@ -132,7 +136,10 @@ def propose(
             continue
         names = [*taken, *(str(proposal.values["name"]) for proposal in proposals)]
         truth = nearest_original(originals, head)
-        proposals.append(describe(repository, head, where, config, chosen, families, truth, names))
+        port = describe(
+            repository, head, spec=where, config=config, match=chosen, families=families, original=truth, taken=names
+        )
+        proposals.append(port)
     if not proposals and model is None:
         stock = stock_ports(repository, families, family, taken)
         proposals += [proposal for proposal in stock if as_file(str(proposal.values["model"])) not in known]
@@ -207,34 +214,48 @@ def match_families(
     found = []
     for family in families.values():
         fields = fields_of(family)
-        known, mapped, guessed = [], {}, []
         seen = findings.translated_fields(repository, name, fields)
-        for field in fields:
-            if {field, *family.fields.get(field, ())} & set(declared):
-                known.append(field)
-            elif seen.get(field) in declared:
-                mapped[field] = seen[field]
-        for field in fields:
-            if field not in known and field not in mapped:
-                free = [each for each in declared if each not in mapped.values()]
-                likely = [each for each in free if _alike(each, (field, *family.fields.get(field, ())))]
-                if len(likely) == 1:
-                    mapped[field] = likely[0]
-                    guessed.append(field)
+        known, mapped, guessed = _matched(family, declared, seen)
         count = len(known) + len(mapped)
-        said = f"{name} has {count} of its {len(fields)} fields"
-        bonus = 0.01 if family.name.lower() in text else 0.0
-        share = count / len(fields) + bonus
-        found.append(Match(family=family.name, share=share, config_map=mapped, guessed=guessed, said=said))
+        match = Match(
+            family=family.name,
+            share=count / len(fields),
+            named=family.name.lower() in text,
+            config_map=mapped,
+            guessed=guessed,
+            said=f"{name} has {count} of its {len(fields)} fields",
+        )
+        found.append(match)
     return found
+
+
+def _matched(
+    family: Family, declared: Sequence[str], seen: Mapping[str, str]
+) -> tuple[list[str], dict[str, str], list[str]]:
+    """Fields declared by a name the family knows; other names, by field; and which of these are guessed from meaning.
+
+    `seen` are the names that converters give the fields by.
+    """
+    names = {field: (field, *family.fields.get(field, ())) for field in fields_of(family)}
+    known = [field for field in names if set(names[field]) & set(declared)]
+    mapped = {field: seen[field] for field in names if field not in known and seen.get(field) in declared}
+    guessed = []
+    for field in names:
+        if field in known or field in mapped:
+            continue
+        likely = [each for each in declared if each not in mapped.values() and _alike(each, names[field])]
+        if len(likely) == 1:
+            mapped[field] = likely[0]
+            guessed.append(field)
+    return known, mapped, guessed
 
 
 def _best(matches: Sequence[Match]) -> Match | None:
     """The family that fits best; None when none fits well or two fit alike."""
-    ranked = sorted(matches, key=lambda match: -match.share)
-    if not ranked or ranked[0].share < ENOUGH or (len(ranked) > 1 and ranked[1].share == ranked[0].share):
+    ranked = sorted(((match.share, match.named) for match in matches), reverse=True)
+    if not ranked or ranked[0][0] < ENOUGH or ranked[0] in ranked[1:]:
         return None
-    return ranked[0]
+    return next(match for match in matches if (match.share, match.named) == ranked[0])
 
 
 def _alike(name: str, known: Sequence[str]) -> bool:
@@ -256,9 +277,7 @@ def foreign_fields(spec: str) -> list[str]:
     cls = foreign_class(module, name)
     if cls is None:
         return []
-    path = PurePosixPath("installed.py")
-    repository = Repository(root=Path(), sources={path: cls.source}, unread=())
-    return findings.declared_fields(repository, cls)
+    return findings.declared_fields(Repository(root=Path(), sources={}, unread=()), cls)
 
 
 def foreign_class(module: str, name: str) -> Definition | None:
@@ -273,11 +292,13 @@ def foreign_class(module: str, name: str) -> Definition | None:
     pattern = re.compile(rf"^class {name}\b".encode(), flags=re.MULTILINE)
     for folder in (package_spec.submodule_search_locations or ()) if package_spec else ():
         for file in sorted(Path(folder).glob("models/*/*.py" if package == "transformers" else "**/*.py")):
-            content = file.read_bytes()
-            if pattern.search(content):
-                path = PurePosixPath(package, *file.relative_to(folder).parts)
-                found = source(path, content)
-                return find(Repository(root=Path(), sources={}, unread=()), found, name)
+            try:
+                content = file.read_bytes()
+                if pattern.search(content):
+                    found = source(PurePosixPath(package, *file.relative_to(folder).parts), content)
+                    return find(Repository(root=Path(), sources={}, unread=()), found, name)
+            except (OSError, SyntaxError, ValueError):
+                continue
     return None
 
 
@@ -330,9 +351,12 @@ def is_original(repository: Repository, head: Definition, families: Mapping[str,
 
 def original_forward(module: str, name: str) -> list[str]:
     """Names of the arguments of a built-in original's forward, from its source."""
+    package, *rest = module.split(".")
     try:
-        found = importlib.util.find_spec(module)
-        content = Path(found.origin).read_bytes() if found and found.origin else b""
+        # Of the top package alone: looking for a module within it would import the package.
+        found = importlib.util.find_spec(package)
+        origin = Path(found.origin) if found and found.origin else Path()
+        content = (origin.parent.joinpath(*rest).with_suffix(".py") if rest else origin).read_bytes()
         cls = source(PurePosixPath("original.py"), content).defined.get(name)
     except (ImportError, ValueError, OSError, SyntaxError):
         return []
@@ -358,20 +382,21 @@ def nearest_original(originals: Sequence[Definition], head: Definition) -> Defin
 def describe(
     repository: Repository,
     head: Definition,
-    config_spec: str,
+    *,
+    spec: str,
     config: Definition | None,
     match: Match,
     families: Mapping[str, Family],
     original: Definition | None,
     taken: Sequence[str],
 ) -> Proposal:
-    """The table of one port."""
+    """The table of one port. `spec` names its configuration, `config` is that where it is the repository's own."""
     kind = findings.model_type(repository, config) if config else None
     values: dict[str, Any] = {
         "name": unique(kind or head.name, taken),
         "family": match.family,
         "model": head.spec,
-        "config": config_spec,
+        "config": spec,
     }
     reasons = {"family": match.said}
     load, reasons["load"] = load_of(repository, head)

@@ -7,6 +7,7 @@ import ast
 import dataclasses
 import os
 import re
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
@@ -127,8 +128,9 @@ def _files(root: Path) -> Iterator[Path]:
         folders[:] = sorted(name for name in folders if not _is_left_out(here / name))
         for name in sorted(files):
             path = here / name
-            # A name that cannot be printed or written into TOML is no module's.
-            if name.endswith(".py") and str(path.relative_to(root)).isprintable() and not path.is_symlink():
+            # A name that cannot be printed or written into TOML is no module's, and a pipe would be waited for.
+            printable = str(path.relative_to(root)).isprintable()
+            if name.endswith(".py") and printable and path.is_file() and not path.is_symlink():
                 yield path
 
 
@@ -139,7 +141,9 @@ def _is_left_out(folder: Path) -> bool:
 
 def source(path: PurePosixPath, content: bytes) -> Source:
     """A file's content. Raises SyntaxError, or ValueError for no text or one nested too deeply."""
-    tree = ast.parse(content)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of escapes in texts, which is between the file and Python
+        tree = ast.parse(content)
     imports: dict[str, tuple[str, str | None]] = {}
     calls: dict[str, list[ast.Call]] = {}
     pending: list[tuple[ast.AST, int]] = [(tree, 0)]

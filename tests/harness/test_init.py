@@ -360,6 +360,19 @@ def test_nothing_of_the_repository_is_imported(here: Path, capsys: pytest.Captur
     assert "port" not in sys.modules
 
 
+def test_odd_files_are_passed_by_and_nothing_is_said_of_texts_in_them(
+    here: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    write({"port.py": "pattern = '\\d'\n" + model(CONFIG), "a\nb.py": model(CONFIG), "empty.py": ""})
+    os.mkfifo("pipe.py")
+    Path("link.py").symlink_to("port.py")
+    Path("loop").symlink_to(".")
+    assert len(described(here)) == 1
+    out, err = capfd.readouterr()
+    assert out.startswith("looked at 1 Python files")
+    assert err == ""
+
+
 # Several, none, and not sure
 
 
