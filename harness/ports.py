@@ -13,6 +13,7 @@ import shlex
 import sys
 import tomllib
 import types
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -331,8 +332,10 @@ def _described(port: Port, spec: str, key: str) -> Any:
 def _top_level_names(path: Path) -> list[str]:
     """Names that a file's own statements bind, classes first; empty when it may bind others, or is not Python."""
     try:
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-    except (SyntaxError, ValueError):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of escapes in texts; they come again when the file is imported
+            tree = ast.parse(path.read_text(encoding="utf-8"))
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
         return []  # the checks will say so when they import it
     statements = list(_module_level(tree.body))
     imports = [node for node in statements if isinstance(node, ast.Import | ast.ImportFrom)]
