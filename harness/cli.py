@@ -53,9 +53,11 @@ def parser() -> argparse.ArgumentParser:
     selftest.add_argument("--json", action="store_true", help="print one JSON document and nothing else")
     selftest.set_defaults(run=_selftest)
     from harness.golden import add_golden_parser, run_golden
+    from harness.init import add_init_parser
 
     add_golden_parser(commands)
     commands.choices["golden"].set_defaults(run=run_golden)
+    add_init_parser(commands)
     return top
 
 

@@ -13,6 +13,7 @@ import shlex
 import sys
 import tomllib
 import types
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +22,24 @@ from harness.errors import DescriptionError, Mismatch
 from harness.families import Family, find_family, nearest
 
 LOADERS = ("state_dict", "checkpoint", "pretrained", "command")
+LABELS = ("hf", "preshifted")
+
+MEANINGS = {
+    "name": "what reports call the port",
+    "family": "the model that is ported, one of those that `parity list` names",
+    "model": "the port's class",
+    "config": "the port's configuration class",
+    "load": "how the original's weights get into the port",
+    "code": "the files that must travel with a saved checkpoint",
+    "config_map": "fields of the original that go by another name in the port's configuration",
+    "original": "the class that is the truth instead of the family's own",
+    "labels": "who shifts the labels: the model (hf) or the caller (preshifted)",
+    "ignore_index": "the label that the port's loss leaves out",
+    "lacks": "checks of what the port does without, each with the reason",
+    "xfail": "checks that are expected to fail, each with the reason",
+    "min_checks": "how many checks have to run at least",
+}
+"""What each key of a port's table says, for messages about it."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,9 +76,10 @@ class Port:
     root: Path = dataclasses.field(default_factory=Path.cwd)
 
     def __post_init__(self) -> None:
-        problem = _problem(self)
-        if problem:
-            raise DescriptionError(f"port '{self.name}': {problem}")
+        for key in MEANINGS:
+            problem = _problem(self, key)
+            if problem:
+                raise DescriptionError(f"port '{self.name}': {problem} ({key}: {MEANINGS[key]})")
 
     @property
     def loader(self) -> str:
@@ -74,44 +94,51 @@ class Port:
         return -100 if self.labels == "hf" else -1
 
 
-def _problem(port: Port) -> str | None:
-    for key in ("name", "family", "model", "config", "load"):
-        value = getattr(port, key)
-        if not isinstance(value, str) or not value:
-            return f"{key} must be a non-empty string, not {value!r}"
-    for key in ("model", "config", "original"):
-        value = getattr(port, key)
-        if value is not None and not _is_spec(value):
-            return f"{key} = {value!r} must read 'file.py:Class' or 'package.module:Class'"
-    loader, _, rest = port.load.partition(":")
+def _problem(port: Port, key: str) -> str | None:
+    """What is wrong with the value of a key, and what was expected."""
+    value = getattr(port, key)
+    if key in ("name", "family", "model", "config", "load") and (not isinstance(value, str) or not value):
+        return f"{key} must be a non-empty string, not {value!r}"
+    if key in ("model", "config", "original") and value is not None and not _is_spec(value):
+        return f"{key} = {value!r} must read 'file.py:Class' or 'package.module:Class'"
+    if key == "load":
+        return _load_problem(value)
+    if key == "labels" and value not in LABELS:
+        return f"labels must be 'hf' or 'preshifted', not {value!r}{nearest(str(value), LABELS)}"
+    if key in ("lacks", "xfail", "config_map"):
+        return _table_problem(key, value)
+    if key == "code" and (not isinstance(value, list | tuple) or not all(isinstance(file, str) for file in value)):
+        return f"code must be a list of file names, not {value!r}"
+    if key == "min_checks" and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
+        return f"min_checks must be a count of checks, not {value!r}"
+    if key == "ignore_index" and value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+        return f"ignore_index must be a whole number, not {value!r}"
+    return None
+
+
+def _load_problem(load: str) -> str | None:
+    loader, _, rest = load.partition(":")
     if loader not in LOADERS:
-        return f"load = {port.load!r} is not one of {', '.join(LOADERS)}{nearest(loader, LOADERS)}"
+        return f"load = {load!r} is not one of {', '.join(LOADERS)}{nearest(loader, LOADERS)}"
     if loader in ("state_dict", "pretrained") and rest:
-        return f"load = {port.load!r}: '{loader}' takes nothing after a colon; to call a converter: 'checkpoint:{rest}'"
+        return f"load = {load!r}: '{loader}' takes nothing after a colon; to call a converter: 'checkpoint:{rest}'"
     if loader in ("checkpoint", "command") and not rest:
-        return f"load = {port.load!r} needs what to call after the colon, such as '{loader}:...'"
+        return f"load = {load!r} needs what to call after the colon, such as '{loader}:...'"
     if loader == "command" and not _is_template(rest):
         return (
-            f"load = {port.load!r} must be a command line with {{checkpoint}} and {{out}} in it,"
+            f"load = {load!r} must be a command line with {{checkpoint}} and {{out}} in it,"
             " nothing else in braces, and every quotation mark closed"
         )
-    if port.labels not in ("hf", "preshifted"):
-        return f"labels must be 'hf' or 'preshifted', not {port.labels!r}"
-    for key, meaning in (("lacks", "a reason"), ("xfail", "a reason"), ("config_map", "a field of the port")):
-        table = getattr(port, key)
-        if not isinstance(table, Mapping):
-            return f"{key} must be a table, with {meaning} for each entry, not {table!r}"
-        for entry, value in table.items():
-            if not isinstance(value, str) or not value.strip():
-                return f"{key}: '{entry}' needs {meaning}, a non-empty string, not {value!r}"
-    if not isinstance(port.code, list | tuple) or not all(isinstance(file, str) for file in port.code):
-        return f"code must be a list of file names, not {port.code!r}"
-    if isinstance(port.min_checks, bool) or not isinstance(port.min_checks, int) or port.min_checks < 0:
-        return f"min_checks must be a count of checks, not {port.min_checks!r}"
-    if port.ignore_index is not None and (
-        isinstance(port.ignore_index, bool) or not isinstance(port.ignore_index, int)
-    ):
-        return f"ignore_index must be a whole number, not {port.ignore_index!r}"
+    return None
+
+
+def _table_problem(key: str, table: Any) -> str | None:
+    meaning = "a field of the port" if key == "config_map" else "a reason"
+    if not isinstance(table, Mapping):
+        return f"{key} must be a table, with {meaning} for each entry, not {table!r}"
+    for entry, value in table.items():
+        if not isinstance(value, str) or not value.strip():
+            return f"{key}: '{entry}' needs {meaning}, a non-empty string, not {value!r}"
     return None
 
 
@@ -152,7 +179,9 @@ def parse_ports(table: Mapping[str, Any], *, root: Path, file: str) -> tuple[Por
                 raise DescriptionError(f"{where}: there is no key '{key}'{nearest(key, valid)}")
         missing = [key for key in required if key not in entry]
         if missing:
-            raise DescriptionError(f"{where}: key '{missing[0]}' is missing; a port needs {', '.join(required)}")
+            raise DescriptionError(
+                f"{where}: key '{missing[0]}' is missing, {MEANINGS[missing[0]]}; a port needs {', '.join(required)}"
+            )
         try:
             port = Port(**entry, root=root)
         except DescriptionError as error:
@@ -209,6 +238,10 @@ def load_object(spec: str, *, root: Path) -> Any:
     for part in name.split("."):
         if not hasattr(found, part):
             own = [name for name, value in vars(module).items() if isinstance(value, type)]
+            own += [name for name, value in vars(module).items() if isinstance(value, types.FunctionType)]
+            if isinstance(found, type):
+                own = [name for name in vars(found) if not name.startswith("__")]
+                place = f"{place}:{found.__name__}"
             raise DescriptionError(f"'{spec}': there is no '{part}' in {place}{nearest(part, own)}")
         found = getattr(found, part)
     return found
@@ -225,7 +258,9 @@ def require_named(port: Port) -> None:
             continue
         path = port.root / place
         if not path.is_file():
-            raise DescriptionError(f"port '{port.name}': {key} = '{place}:{name}': there is no file {path}")
+            raise DescriptionError(
+                f"port '{port.name}': {key} = '{place}:{name}': there is no file {path}{_nearest_file(path)}"
+            )
         names = _top_level_names(path)
         if names and name.partition(".")[0] not in names:
             classes = [found for found in names if found[:1].isupper()] or names
@@ -234,7 +269,17 @@ def require_named(port: Port) -> None:
             )
     for file in port.code:
         if not (port.root / file).is_file():
-            raise DescriptionError(f"port '{port.name}': code names {file}: there is no file {port.root / file}")
+            path = port.root / file
+            raise DescriptionError(
+                f"port '{port.name}': code names {file}: there is no file {path}{_nearest_file(path)}"
+            )
+
+
+def _nearest_file(path: Path) -> str:
+    """The end of a message about a file that is not there: the nearest name in its directory, or which is missing."""
+    if not path.parent.is_dir():
+        return f"; there is no directory {path.parent}"
+    return nearest(path.name, sorted(each.name for each in path.parent.iterdir() if each.suffix == path.suffix))
 
 
 def require_fields(port: Port) -> None:
@@ -287,8 +332,10 @@ def _described(port: Port, spec: str, key: str) -> Any:
 def _top_level_names(path: Path) -> list[str]:
     """Names that a file's own statements bind, classes first; empty when it may bind others, or is not Python."""
     try:
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-    except (SyntaxError, ValueError):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of escapes in texts; they come again when the file is imported
+            tree = ast.parse(path.read_text(encoding="utf-8"))
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
         return []  # the checks will say so when they import it
     statements = list(_module_level(tree.body))
     imports = [node for node in statements if isinstance(node, ast.Import | ast.ImportFrom)]

@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import shlex
 import shutil
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -70,9 +72,17 @@ def converted(trial: Trial, path: Path) -> Path:
     if known.is_dir():
         return Path(shutil.copytree(known, out))
     command = [part.format(checkpoint=path, out=out) for part in shlex.split(template)]
+    # `python` is the one that runs the gate, also where its environment is not activated.
+    places = os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", os.defpath)])
     try:
         done = subprocess.run(
-            command, cwd=trial.port.root, capture_output=True, text=True, timeout=CONVERTER_SECONDS, check=False
+            command,
+            cwd=trial.port.root,
+            env={**os.environ, "PATH": places},
+            capture_output=True,
+            text=True,
+            timeout=CONVERTER_SECONDS,
+            check=False,
         )
     except OSError as error:
         raise Mismatch(f"the converter cannot be started: {error}") from None

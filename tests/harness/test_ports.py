@@ -11,7 +11,7 @@ import pytest
 
 from harness import Port, check_parity
 from harness.errors import DescriptionError, Mismatch
-from harness.ports import load_object, read_ports, select_ports, source_file
+from harness.ports import MEANINGS, load_object, read_ports, select_ports, source_file
 
 PORT = "[[tool.parity.port]]\nname = 'mine'\nfamily = 'nanogpt'\nmodel = 'a.py:A'\nconfig = 'a.py:C'\n"
 CHECK = {"checks": ["forward.causal"], "backends": ["torch-cpu"]}
@@ -121,7 +121,9 @@ def test_ports_are_chosen_by_name_in_the_order_of_the_file(tmp_path: Path) -> No
         ("ignore_index = 1.5", ["ignore_index must be"]),
         ("ignore_index = true", ["ignore_index must be"]),
         ("min_checks = -1", ["min_checks must be"]),
-        ("min_checks = true", ["min_checks must be"]),
+        ("min_checks = true", ["min_checks must be", "how many checks have to run"]),
+        ("labels = 'preshited'", ["did you mean 'preshifted'", "who shifts the labels"]),
+        ("load = 'chekpoint:A.read'", ["did you mean 'checkpoint'", "how the original's weights get into the port"]),
     ],
 )
 def test_a_wrong_key_or_value_is_one_line_with_file_port_and_key(tmp_path: Path, more: str, words: list[str]) -> None:
@@ -140,7 +142,7 @@ def test_a_wrong_key_or_value_is_one_line_with_file_port_and_key(tmp_path: Path,
 def test_what_every_port_needs_is_there_and_a_string(tmp_path: Path, key: str, value: str | None) -> None:
     lines = [line for line in PORT.splitlines() if not line.startswith(key)]
     (tmp_path / "pyproject.toml").write_text("\n".join(lines + ([f"{key} = {value}"] if value else [])))
-    with pytest.raises(DescriptionError, match=rf"^pyproject\.toml: port.*\b{key}\b") as caught:
+    with pytest.raises(DescriptionError, match=rf"^pyproject\.toml: port.*\b{key}\b.*{MEANINGS[key]}") as caught:
         read_ports(tmp_path)
     assert "\n" not in str(caught.value)
 
@@ -243,7 +245,11 @@ def test_code_that_ends_its_own_import_is_a_finding_of_one_line(tmp_path: Path, 
         ({"model": "plain.py:torch"}, ["model", "not a class"]),
         ({"config": "plain.py:Confgi"}, ["config", "no 'Confgi'"]),
         ({"config": "plain.py:Port"}, ["config", "not a configuration class"]),
-        ({"original": "vendor/model.py:GPT"}, ["original", "no file"]),
+        ({"original": "vendor/model.py:GPT"}, ["original", "no file", "there is no directory"]),
+        ({"model": "plian.py:Port"}, ["model", "no file", "did you mean 'plain.py'"]),
+        ({"code": ["plain.py", "plainn.py"]}, ["code names plainn.py", "did you mean 'plain.py'"]),
+        ({"load": "checkpoint:Port.reed", "more": "def read(path): ..."}, ["load = ", "Port", "did you mean 'read'"]),
+        ({"load": "checkpoint:Prot.read"}, ["load = ", "did you mean 'Port'"]),
     ],
 )
 def test_a_wrong_name_ends_the_run_before_a_check_does(
