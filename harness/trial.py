@@ -130,7 +130,16 @@ def run_original(
 def run_port(trial: Trial, model: torch.nn.Module, tokens: torch.Tensor, **options: Any) -> dict[str, Any]:
     """The port's outputs by name, on the CPU, without gradients; `options` are further arguments of its forward."""
     with torch.no_grad():
-        return outputs_of(trial, call_port(trial, model, tokens, **options))
+        outputs = outputs_of(trial, call_port(trial, model, tokens, **options))
+    if (
+        not {"logits_to_keep", "num_logits_to_keep"} & set(options)
+        and outputs["logits"].shape[1] == 1 < tokens.shape[1]
+    ):
+        raise Mismatch(
+            "forward gives logits of the last position only; a port gives those of every position, fewer with"
+            " logits_to_keep"
+        )
+    return outputs
 
 
 def port_logits(trial: Trial, model: torch.nn.Module, tokens: torch.Tensor, **options: Any) -> torch.Tensor:
