@@ -8,9 +8,12 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from harness.errors import EXIT_FAILED, EXIT_HOLDS, DescriptionError, ParityError
+
+if TYPE_CHECKING:
+    from harness.ports import Port
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -86,7 +89,7 @@ def _add_check(commands: Any) -> None:
 def _check(arguments: argparse.Namespace) -> int:
     import dataclasses
 
-    from harness.ports import read_ports, select_ports
+    from harness.ports import select_ports
     from harness.report import make_console, print_table, progress, write_reports
     from harness.report.json_report import render
     from harness.runner import Options, exit_code, header_of, plan, require_backends, run_ports, too_few
@@ -107,7 +110,7 @@ def _check(arguments: argparse.Namespace) -> int:
     if arguments.model or arguments.family:
         ports = [_port_from(arguments, directory)]
     else:
-        ports = select_ports(read_ports(directory), arguments.port, directory=directory)
+        ports = select_ports(_described(directory), arguments.port, directory=directory)
         if arguments.original:
             ports = [dataclasses.replace(port, original=arguments.original) for port in ports]
     total = len(plan(ports, options))
@@ -126,7 +129,17 @@ def _check(arguments: argparse.Namespace) -> int:
     return exit_code(results, complaints)
 
 
-def _port_from(arguments: argparse.Namespace, directory: Path) -> Any:
+def _described(directory: Path) -> Sequence[Port]:
+    """The ports that a directory describes; families that its conftest.py registers are known from then on."""
+    from harness.families import read_conftest
+    from harness.ports import read_ports
+
+    ports = read_ports(directory)
+    read_conftest(directory, {port.family for port in ports})
+    return ports
+
+
+def _port_from(arguments: argparse.Namespace, directory: Path) -> Port:
     from harness.isolation import gate
     from harness.ports import Port
 
@@ -156,13 +169,11 @@ def _list(arguments: argparse.Namespace) -> int:
     from harness.backends import BACKENDS, unavailable
     from harness.checks import CATALOGUE
     from harness.families import family_names
-    from harness.ports import read_ports
 
+    ports = _described(Path.cwd())
     document: dict[str, Any] = {
         "families": family_names(),
-        "ports": [
-            {"name": p.name, "family": p.family, "model": p.model, "load": p.load} for p in read_ports(Path.cwd())
-        ],
+        "ports": [{"name": p.name, "family": p.family, "model": p.model, "load": p.load} for p in ports],
         "backends": {name: unavailable(name) or "here" for name in BACKENDS},
         "checks": [
             {"id": check.id, "needs": list(check.needs), "dtypes": list(check.dtypes), "devices": check.devices}
@@ -186,18 +197,20 @@ def _repro(arguments: argparse.Namespace) -> int:
     import dataclasses
 
     from harness.bundles import read, versions
+    from harness.families import read_conftest
     from harness.isolation import gate
-    from harness.ports import read_ports, select_ports
+    from harness.ports import select_ports
     from harness.report.json_report import plain
     from harness.results import as_json
 
     bundle, here = arguments.bundle.resolve(), Path.cwd()
     port, case, recorded = read(bundle)
     if arguments.port:
-        (port,) = select_ports(read_ports(here), [arguments.port], directory=here)
+        (port,) = select_ports(_described(here), [arguments.port], directory=here)
     elif not port.root.is_dir():
         print(f"parity: {port.root} is not here; the files of '{port.name}' are looked for in {here}", file=sys.stderr)
         port = dataclasses.replace(port, root=here)
+    read_conftest(port.root, [port.family])
     changed = {name: getattr(arguments, name) for name in ("original", "model", "config") if getattr(arguments, name)}
     with gate() as opened:
         result = opened.replay(dataclasses.replace(port, **changed), case, recorded, bundle)
@@ -220,13 +233,14 @@ def _selftest(arguments: argparse.Namespace) -> int:
 
     from harness.families import family_names, nearest
     from harness.mutants import mutants_of, score, selftest, table
-    from harness.ports import family_of, read_ports, select_ports
+    from harness.ports import family_of, select_ports
 
+    directory = Path.cwd()
+    ports = _described(directory)
     if arguments.family and arguments.family not in family_names():
         raise DescriptionError(f"there is no family '{arguments.family}'{nearest(arguments.family, family_names())}")
-    directory = Path.cwd()
     verdicts = []
-    for port in select_ports(read_ports(directory), [], directory=directory):
+    for port in select_ports(ports, [], directory=directory):
         if arguments.family not in (None, port.family) or family_of(port).mutants is None:
             continue
         mutants = mutants_of(family_of(port))

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Callable, Mapping, Sequence
+import runpy
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import metadata
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -156,7 +158,26 @@ def find_family(name: str) -> Family:
         if not isinstance(family, Family):
             raise DescriptionError(f"entry point {entry.value} of family '{name}' is not a harness.Family")
         return family
-    raise DescriptionError(f"there is no family '{name}'{nearest(name, family_names())}")
+    raise DescriptionError(
+        f"there is no family '{name}'{nearest(name, family_names())}; one of your own has an entry point in"
+        f" '{ENTRY_POINTS}', or is registered in conftest.py"
+    )
+
+
+def read_conftest(directory: Path, needed: Iterable[str]) -> None:
+    """Imports a directory's conftest.py where a family among `needed` is not known: it may register it.
+
+    Raises DescriptionError when it cannot be imported.
+    """
+    file = directory / "conftest.py"
+    if set(needed) <= set(family_names()) or not file.is_file():
+        return
+    if str(directory) not in sys.path:
+        sys.path.insert(0, str(directory))
+    try:
+        runpy.run_path(str(file), run_name="conftest")
+    except Exception as error:
+        raise DescriptionError(f"{file} cannot be imported: {type(error).__name__}: {error}") from error
 
 
 def nearest(word: str, known: Sequence[str]) -> str:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from harness.errors import DescriptionError
-from harness.families import Family
+from harness.families import Family, read_conftest
 from harness.ports import Port, load_object
 from harness.results import BAD, Result
 
@@ -177,6 +177,7 @@ def _work(port: Port, todo: Any, done: Any, everything: bool, time_limit: float)
     from harness.runner import Options, plan
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    read_conftest(port.root, [port.family])
     options = Options(backends=("torch-cpu",), shrink_seconds=0.0, time_limit=time_limit)
     with gate(plan([port], options)) as opened:
         while True:
