@@ -68,6 +68,9 @@ class Family:
         have a default.
     special_tokens: configuration name (`eos_token_id`, ...) -> its default; those not named are None in the original.
     refused: overrides of a drawn case's fields, each of which makes a configuration that the original refuses.
+    large: overrides of a drawn case's fields, each of which makes a model that is larger somewhere than any that is
+        drawn (layers with numbers of two digits, more positions or tokens, wider heads). A few checks ask for one row
+        of its full length; `weights.large` writes files of the first.
     port_key: (original's state-dict key) -> the port's key.
     tied: groups of state-dict keys of the original that are one tensor.
     maximum_length, vocabulary: names of the fields that bound positions and token ids.
@@ -104,6 +107,7 @@ class Family:
     defaults: Fields | None = None
     special_tokens: Mapping[str, int | None] = dataclasses.field(default_factory=dict)
     refused: Sequence[Fields] = ()
+    large: Sequence[Fields] = ()
     port_key: Callable[[str], str] = str
     tied: Sequence[Sequence[str]] = ()
     maximum_length: str = "max_position_embeddings"

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 
 from harness import localise
-from harness.cases import Case
+from harness.cases import Case, large_cases
 from harness.checks.loss import at_least_two_tokens, original_targets, port_labels
 from harness.errors import Mismatch, Skip
 from harness.layout import layout_of
@@ -90,6 +90,35 @@ def lengths(trial: Trial, case: Case) -> dict[str, float]:
     for tokens in (1, maximum):
         batch = draw(trial, dataclasses.replace(case, tokens=tokens))
         numbers.append(_same_logits(trial, case, pair, batch.tokens, batch.targets, f"logits of {tokens} tokens"))
+    return worst(*numbers)
+
+
+def large(trial: Trial, case: Case) -> dict[str, float]:
+    """Logits and loss of the family's large models equal the original's, with a mask of ones too.
+
+    Would have caught: a name pattern that knows layers of one digit, a head size that is capped, positions counted in
+    float16, token ids kept in 16 bits, a loss over the first 256 tokens.
+    """
+    sizes = list(large_cases(trial.family, case))
+    if not sizes:
+        raise Skip(f"family '{trial.family.name}' declares no large sizes")
+    numbers = []
+    for size, big in sizes:
+        pair = prepare(trial, big)
+        tokens, targets, options = pair.batch.tokens, pair.batch.targets, {}
+        if is_asked(trial, "loss", "loss.value"):
+            options = {"labels": port_labels(trial, tokens, targets)}
+            targets = original_targets(trial, options["labels"])
+        expected = run_original(trial, pair.original, tokens, targets)
+        actual = run_port(trial, pair.port, tokens, **options)
+        for name in expected if options else ("logits",):
+            if actual.get(name) is not None:  # a loss that is not there is the finding of loss.value
+                what = f"{name} of {tokens.shape[1]} tokens ({size})"
+                numbers.append(require_semantics(trial, what, actual[name], expected[name]))
+        if is_asked(trial, "masks", "masks.none_is_ones"):
+            actual = run_port(trial, pair.port, tokens, attention_mask=torch.ones_like(tokens))
+            what = f"logits of {tokens.shape[1]} tokens with a mask of ones ({size})"
+            numbers.append(require_semantics(trial, what, actual["logits"], expected["logits"]))
     return worst(*numbers)
 
 

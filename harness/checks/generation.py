@@ -10,16 +10,17 @@ from typing import Any
 import torch
 
 from harness.backends import pytorch
-from harness.cases import Case
+from harness.cases import Case, large_cases
 from harness.cases.batches import draw_batch
 from harness.checks.masks import padded_batch, unpadded_logits
-from harness.errors import Mismatch
+from harness.errors import Mismatch, Skip
 from harness.numerics import FLOAT32_INSIDE_BOUND, first_difference, require_close, top_two_gap
 from harness.ports import first_line
 from harness.trial import (
     Pair,
     Trial,
     call_port,
+    is_asked,
     original_model,
     prepare,
     require_semantics,
@@ -28,6 +29,9 @@ from harness.trial import (
 )
 
 BEAMS, BEAM_STEPS = 4, 6
+
+FAR = 24
+"""Tokens past the longest position, more than any drawn case generates there."""
 
 
 def greedy(trial: Trial, case: Case) -> dict[str, float]:
@@ -71,6 +75,40 @@ def past_maximum(trial: Trial, case: Case) -> dict[str, float]:
     if not torch.equal(cached.tokens, greedy_tokens(trial, pair.original, prompt, count)):
         raise Mismatch(f"generation past {maximum} tokens with a cache gives other tokens than the original")
     return numbers
+
+
+def large(trial: Trial, case: Case) -> dict[str, float]:
+    """With the family's large models a cache gives the original's logits, and the window moves on as the original's.
+
+    Would have caught: a cache that is cut at a fixed number of tokens, layers beyond the tenth without one, a window
+    that moves once and then stands still.
+    """
+    sizes = list(large_cases(trial.family, case))
+    if not sizes:
+        raise Skip(f"family '{trial.family.name}' declares no large sizes")
+    numbers = []
+    for size, big in sizes:
+        try:
+            numbers.append(_large(trial, prepare(trial, big), big))
+        except Mismatch as error:
+            raise Mismatch(f"{error} ({size})", metrics=error.metrics, tensors=error.tensors) from error
+    return worst(*numbers)
+
+
+def _large(trial: Trial, pair: Pair, case: Case) -> dict[str, float]:
+    maximum = case.fields[trial.family.maximum_length]
+    half = maximum // 2
+    numbers = _incremental(trial, pair, [half, 1, 1, maximum - half - 2])
+    if not is_asked(trial, "learned_positions", "generation.past_maximum"):
+        return numbers
+    # Every step is a pass over the whole window, so that only a short one moves far.
+    steps = FAR if maximum <= FAR else 1
+    prompt = pair.batch.tokens[:, 1:]
+    try:
+        return worst(numbers, _continues(trial, pair, prompt, 1 + steps, use_cache=False))
+    except ValueError as error:
+        _require_named(maximum, error)
+        return numbers
 
 
 def _require_named(maximum: int, error: ValueError) -> None:

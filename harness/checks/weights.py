@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from harness.cases import Case
+from harness.cases import Case, large_cases
 from harness.checks.loss import at_least_two_tokens
 from harness.checks.untouched import WRITTEN_BY_SAVING, untouched
 from harness.errors import DescriptionError, Mismatch, Skip
@@ -214,6 +214,30 @@ def older_dialects(trial: Trial, case: Case) -> dict[str, float]:
     file does not name.
     """
     return _same_from_dialects(trial, case, read_today=False)
+
+
+def large(trial: Trial, case: Case) -> dict[str, float]:
+    """Files of the family's first large model travel as small ones do: every dialect, and the way back.
+
+    Would have caught: mask buffers told by a pattern that knows layers of one digit, tensors sorted by name.
+    """
+    size, big = next(large_cases(trial.family, case), ("", case))
+    if not size:
+        raise Skip(f"family '{trial.family.name}' declares no large sizes")
+    done = 0
+    for travel in (dialects, older_dialects, back_to_original):
+        directory = trial.workdir / travel.__name__
+        directory.mkdir()
+        try:
+            travel(dataclasses.replace(trial, workdir=directory), big)
+        except Mismatch as error:
+            raise Mismatch(f"{error} ({size})", metrics=error.metrics, tensors=error.tensors) from error
+        except Skip:
+            continue
+        done += 1
+    if not done:
+        raise Skip("the port declares no converter, nor a way back")
+    return {"files": float(done)}
 
 
 def _same_from_dialects(trial: Trial, case: Case, *, read_today: bool) -> dict[str, float]:

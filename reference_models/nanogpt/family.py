@@ -222,6 +222,14 @@ FAMILY = Family(
         "bias": True,
     },
     refused=({"n_embd": 8, "n_head": 3}, {"n_embd": 10, "n_head": 4}, {"n_embd": 4, "n_head": 8}),
+    large=(
+        # Two digits in a layer's number, heads wider than 64, more than 256 positions and tokens.
+        {"n_layer": 12, "n_head": 1, "n_embd": 72, "block_size": 300, "vocab_size": 300, "bias": False},
+        # More positions than float16 has whole numbers in a row.
+        {"n_layer": 1, "n_head": 2, "n_embd": 8, "block_size": 2100, "bias": True},
+        # GPT-2's vocabulary, more heads than any drawn, and a short window to move.
+        {"n_layer": 1, "n_head": 16, "n_embd": 16, "block_size": 16, "vocab_size": 50257, "bias": True},
+    ),
     tied=(("transformer.wte.weight", "lm_head.weight"),),
     maximum_length="block_size",
     dropout="dropout",
