@@ -85,6 +85,9 @@ class Family:
         those that today's original reads, `weights.older_dialects` for the others.
     resume: (module, path) resumes the original's training from its own file, as far as the weights are loaded; raises
         where it cannot.
+    training_state: keyword of a port's way back -> a value to write there, such as the number of steps done. Those that
+        the port's `to_...` takes are given.
+    read_training_state: path -> the same by the same keywords, from where the original's resume code looks for each.
     checkpoint_name: the file name `write_checkpoint` output goes by.
     generate_original: (module, prompt, keyword options max_new_tokens, temperature, top_k) -> prompt + new tokens.
     parameter_groups: (original module, weight decay) -> AdamW groups of the original.
@@ -120,6 +123,8 @@ class Family:
     read_checkpoint: Callable[[str], tuple[Fields, dict[str, torch.Tensor]]] | None = None
     checkpoint_dialects: Callable[[torch.nn.Module, Fields, Path], Mapping[str, Path]] | None = None
     resume: Callable[[torch.nn.Module, str], None] | None = None
+    training_state: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    read_training_state: Callable[[str], Mapping[str, Any]] | None = None
     checkpoint_name: str = "checkpoint.pt"
     generate_original: Callable[..., torch.Tensor] | None = None
     parameter_groups: Callable[[torch.nn.Module, float], list[dict[str, Any]]] | None = None

@@ -3,11 +3,14 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 from unittest import mock
+
+import torch
 
 from harness.cases import Case
 from harness.errors import DescriptionError, Mismatch, Skip
@@ -28,6 +31,26 @@ from harness.trial import (
 UNKNOWN_KEY = "a_field_that_nobody_declares"
 
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+LIBRARY_KEYS: Mapping[str, Any] = {
+    "_attn_implementation_autoset": True,
+    "attn_implementation": "eager",
+    "dtype": "float32",
+    "gradient_checkpointing": False,
+    "is_decoder": True,
+    "is_encoder_decoder": False,
+    "name_or_path": "",
+    "problem_type": None,
+    "pruned_heads": {},
+    "quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True},
+    "task_specific_params": None,
+    "tokenizer_class": "GPT2TokenizerFast",
+    "torch_dtype": "float32",
+    "torchscript": False,
+    "transformers_version": "4.40.0",
+    "use_bfloat16": False,
+}
+"""What releases of transformers from 4 on, its quantizers and its users' scripts put into any config.json."""
 
 COMMON_NAMES = ("hidden_size", "num_attention_heads", "num_hidden_layers", "vocab_size")
 """What transformers' own tests, its caches, PEFT and serving engines read from every configuration."""
@@ -83,6 +106,7 @@ def json_round_trip(trial: Trial, case: Case) -> dict[str, float]:
             raise Mismatch(f"{name} was {getattr(config, name)!r} and is {getattr(loaded, name)!r} after config.json")
     before, after = (json.loads((folder / "config.json").read_text()) for folder in (first, second))
     _special_tokens_travel(trial, case)
+    _library_keys_pass(trial, before)
     changed = sorted(key for key in before.keys() | after.keys() if before.get(key) != after.get(key))
     if changed:
         key = changed[0]
@@ -90,19 +114,43 @@ def json_round_trip(trial: Trial, case: Case) -> dict[str, float]:
     return {}
 
 
+def _library_keys_pass(trial: Trial, values: Mapping[str, Any]) -> None:
+    """Raises Mismatch when a key that one release or another of the library itself writes to config.json is refused."""
+    cls: Any = config_class(trial)
+    for key, value in LIBRARY_KEYS.items():
+        if key in values:
+            continue
+        try:
+            cls.from_dict({**values, key: value})
+        except Exception as error:  # however a configuration refuses
+            raise Mismatch(
+                f"{key}={value!r} in config.json, which transformers itself writes there, is refused: {first_line(error)}"
+            ) from error
+
+
 def _special_tokens_travel(trial: Trial, case: Case) -> None:
-    """Raises Mismatch when a token id that is given is not what the configuration has, before and after a file."""
-    given = dict(zip(SPECIAL_TOKENS, (1, 2, 3), strict=True))
-    try:
-        config = port_config(trial, case.fields, **given)
-    except (TypeError, ValueError):
-        return  # a configuration that takes no such tokens
-    directory = trial.workdir / "tokens"
-    config.save_pretrained(directory)
-    for when, found in (("", config), (" after config.json", type(config).from_pretrained(directory))):
-        for name, value in given.items():
-            if getattr(found, name, value) != value:
-                raise Mismatch(f"{name}={value} was given, and is {getattr(found, name)!r}{when}")
+    """Raises Mismatch when a token id that is given is not what the configuration has, before and after a file.
+
+    So is a list of tokens that end a text, as recent models have; generate() then stops at each.
+    """
+    one = dict(zip(SPECIAL_TOKENS, (1, 2, 3), strict=True))
+    for number, given in enumerate((one, {**one, "eos_token_id": [2, 4]})):
+        try:
+            config = port_config(trial, case.fields, **given)
+        except (TypeError, ValueError):
+            continue  # a configuration that takes no such tokens
+        directory = trial.workdir / f"tokens-{number}"
+        config.save_pretrained(directory)
+        model = port_class(trial)(copy.deepcopy(config))
+        holders = {
+            "": config,
+            " after config.json": type(config).from_pretrained(directory),
+            " in the generation settings of a model": getattr(model, "generation_config", config),
+        }
+        for when, found in holders.items():
+            for name, value in given.items():
+                if getattr(found, name, value) != value:
+                    raise Mismatch(f"{name}={value} was given, and is {getattr(found, name)!r}{when}")
 
 
 def fields(trial: Trial, case: Case) -> dict[str, float]:
@@ -122,7 +170,25 @@ def fields(trial: Trial, case: Case) -> dict[str, float]:
             others = {port_field(trial, type(config), key): v for key, v in case.fields.items() if key != field}
             if getattr(type(config)(**others, **{name: value}), main) != value:
                 raise Mismatch(f"{name}={value!r} was accepted, but config.{main} is not {value!r}")
+            _names_agree(config, {**others, main: value}, main, name, value)
     return {}
+
+
+def _names_agree(config: Any, given: Mapping[str, Any], main: str, alias: str, value: Any) -> None:
+    """Raises Mismatch when a field that is given two values, one by each name, then has two."""
+    other = value * 2 if type(value) is int else value
+    if other == value:
+        return
+    try:
+        both = type(config)(**given, **{alias: other})
+    except (TypeError, ValueError):
+        return
+    found = {name: getattr(both, name, None) for name in (main, alias)}
+    if len(set(found.values())) > 1:
+        raise Mismatch(
+            f"{main}={value!r} and {alias}={other!r} are names of one field, were both accepted, and now are"
+            f" {found[main]!r} and {found[alias]!r}; refuse them, or let one win"
+        )
 
 
 def unknown_keys(trial: Trial, case: Case) -> dict[str, float]:
@@ -246,9 +312,29 @@ def refused(trial: Trial, case: Case) -> dict[str, float]:
             continue
         described = ", ".join(f"{name}={value!r}" for name, value in overrides.items())
         raise Mismatch(f"the port builds and runs a model with {described}, which the original refuses")
+    _refused_when_set(trial, case, tokens)
     if not count:
         raise Skip("there is no configuration that the original is known to refuse")
     return {"refused": float(count)}
+
+
+def _refused_when_set(trial: Trial, case: Case, tokens: torch.Tensor) -> None:
+    """Raises Mismatch when what is refused as an argument is taken from a configuration that was changed later."""
+    for overrides in trial.family.refused:
+        config = port_config(trial, case.fields)
+        try:
+            for field, value in overrides.items():
+                setattr(config, port_field(trial, type(config), field), value)
+            call_port(trial, place(trial, port_class(trial)(config)), tokens)
+        except DescriptionError:
+            raise
+        except Exception:
+            continue
+        described = ", ".join(f"{name} = {value!r}" for name, value in overrides.items())
+        raise Mismatch(
+            f"after config.{described} the port builds and runs a model, which the original refuses; look at the"
+            " configuration where the model is built too"
+        )
 
 
 def common_names(trial: Trial, case: Case) -> dict[str, float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -22,9 +23,12 @@ from harness.trial import (
     call_port,
     is_asked,
     original_model,
+    port_logits,
     prepare,
     require_semantics,
     run_original,
+    run_port,
+    takes,
     worst,
 )
 
@@ -328,6 +332,50 @@ def inputs_embeds(trial: Trial, case: Case) -> dict[str, float]:
     return _follows(trial, pair, whole, prompt.shape[1], count)
 
 
+def given(trial: Trial, case: Case) -> dict[str, float]:
+    """What generate() is given beside ids and mask reaches forward, with a cache and without: positions, outputs.
+
+    Would have caught: a prepare_inputs_for_generation that passes on only what its author needed.
+    """
+    pair, prompt, _ = _prompted(trial, dataclasses.replace(case, tokens=max(case.tokens, 2)))
+    if not takes(pair.port, "position_ids"):
+        raise Skip("forward takes no position_ids")
+    # One place further on: positions that do not rise would be read as several texts in one row.
+    mask, ids = torch.ones_like(prompt), torch.arange(1, prompt.shape[1] + 1).expand_as(prompt).contiguous()
+    expected = port_logits(trial, pair.port, prompt, position_ids=ids, attention_mask=mask)[:, -1]
+    numbers = []
+    model: Any = pair.port
+    for use_cache in (True, False):
+        made = model.generate(
+            **_moved(trial, {"input_ids": prompt, "attention_mask": mask, "position_ids": ids}),
+            max_new_tokens=1,
+            do_sample=False,
+            use_cache=use_cache,
+            output_logits=True,
+            output_hidden_states=True,
+            return_dict_in_generate=True,
+        )
+        how = f"with use_cache={use_cache}"
+        what = f"logits of generate({how.removeprefix('with ')}) with position_ids"
+        numbers.append({"error": require_close(what, made.logits[0].cpu(), expected, bound=_logits_bound(trial))})
+        states = getattr(made, "hidden_states", None)
+        if _gives_hidden_states(trial, pair) and (not states or not states[0]):
+            raise Mismatch(f"generate(output_hidden_states=True) gives none {how}, though forward does")
+    return worst(*numbers)
+
+
+def _gives_hidden_states(trial: Trial, pair: Pair) -> bool:
+    if not takes(pair.port, "output_hidden_states", by_keywords=True):
+        return False
+    output = run_port(trial, pair.port, pair.batch.tokens, output_hidden_states=True)
+    return bool(output.get("hidden_states"))
+
+
+def _moved(trial: Trial, options: Mapping[str, Any]) -> dict[str, Any]:
+    device = pytorch.device_of(trial.backend)
+    return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in options.items()}
+
+
 def incremental_logits(
     trial: Trial,
     model: torch.nn.Module,
@@ -405,10 +453,8 @@ class Generated:
 def _generate(trial: Trial, model: Any, prompt: torch.Tensor | None, **options: Any) -> Generated:
     if not hasattr(model, "generate"):
         raise Mismatch("the port has no generate(); from transformers 4.50 on a model must inherit GenerationMixin")
-    device = pytorch.device_of(trial.backend)
-    moved = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in options.items()}
-    inputs = {"input_ids": prompt.to(device)} if prompt is not None else {}
-    made = model.generate(**inputs, **moved, return_dict_in_generate=True, output_logits=True)
+    inputs = {"input_ids": prompt} if prompt is not None else {}
+    made = model.generate(**_moved(trial, {**inputs, **options}), return_dict_in_generate=True, output_logits=True)
     if isinstance(made, torch.Tensor):
         return Generated(tokens=made.cpu(), logits=None)
     logits = torch.stack(made.logits, dim=1).cpu() if made.logits and "num_beams" not in options else None

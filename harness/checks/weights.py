@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import inspect
 import logging
 import os
 import warnings
@@ -42,6 +43,8 @@ from harness.trial import (
 )
 
 DROPOUT = 0.25
+
+FILE_DTYPES = {"float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 File = TypeVar("File")
 
@@ -195,7 +198,106 @@ def back_to_original(trial: Trial, case: Case) -> dict[str, float]:
         except Exception as error:  # whatever the original's training does not like about the file
             reason = f"{type(error).__name__}: {first_line(error)}"
             raise Mismatch(f"the original's training does not resume from the file: {reason}") from None
+    _training_state_travels(trial, back, path)
+    _export_keeps_dtype(trial, case, original, path)
     return {}
+
+
+def _training_state_travels(trial: Trial, back: Callable[..., Any], path: Path) -> None:
+    """Raises Mismatch when what the way back is given beside the weights is not what the original finds in the file."""
+    parameters = inspect.signature(back).parameters
+    given = {name: value for name, value in trial.family.training_state.items() if name in parameters}
+    if not given or trial.family.read_training_state is None:
+        return
+    back(str(path), **given)
+    found = trial.family.read_training_state(str(path))
+    for name, value in given.items():
+        if name not in found or found[name] != value:
+            raise Mismatch(f"{name}={value!r} was given for the file written back, which says {found.get(name)!r}")
+
+
+def _export_keeps_dtype(trial: Trial, case: Case, original: torch.nn.Module, path: Path) -> None:
+    """Raises Mismatch when a model read from a half-precision file is written back as other tensors than it has."""
+    assert trial.family.read_checkpoint is not None  # the caller made sure
+    half: Any = checkpoint.load(trial, checkpoint.write(trial, case, original, dtype=torch.bfloat16))
+    back = getattr(half, "to_" + trial.port.load.rpartition(".")[2].rpartition(":")[2].removeprefix("from_"))
+    back(str(path))
+    _, state = trial.family.read_checkpoint(str(path))
+    held = {parameter.dtype for parameter in half.parameters()}
+    for key, tensor in original.state_dict().items():
+        if key in state and state[key].dtype not in held:
+            raise Mismatch(f"{key} is {state[key].dtype} in the file written back from a model in {min(held, key=str)}")
+        if key in state and not torch.equal(state[key].float(), tensor.to(torch.bfloat16).float()):
+            raise Mismatch(f"{key} of a half-precision file is not what it was after file -> port -> file")
+    again = checkpoint.load(trial, path)
+    for key, tensor in half.state_dict().items():
+        found = again.state_dict().get(key)
+        if found is None or found.dtype != tensor.dtype or not torch.equal(found, tensor):
+            raise Mismatch(f"{key} is another after port -> file -> port")
+
+
+def read_again(trial: Trial, case: Case) -> dict[str, float]:
+    """A file that is written anew at the same path is read anew, and stays as it is; a model does without its file.
+
+    Would have caught: a converter that remembers by path what it has read, as two runs that each write ckpt.pt show;
+    tensors that are still in the file when it is gone.
+    """
+    if trial.port.loader != "checkpoint":
+        raise Skip("the port's load is not a function that could remember what it has read")
+    other = dataclasses.replace(case, seed=case.seed + 1)
+    path = checkpoint.write(trial, case, original_model(trial, case, dtype="float32"))
+    content = path.read_bytes()
+    first = checkpoint.load(trial, path)
+    if path.read_bytes() != content:
+        raise Mismatch("the converter writes into the file that it reads")
+    path.unlink()
+    before = {key: tensor.clone() for key, tensor in first.state_dict().items()}
+    again = checkpoint.write(trial, other, original_model(trial, other, dtype="float32"))
+    second = checkpoint.load(trial, again)
+    if changed := [key for key, tensor in first.state_dict().items() if not torch.equal(tensor, before[key])]:
+        raise Mismatch(f"{changed[0]} of a model changes when the file that it was read from is written anew")
+    fresh = again.with_name("fresh-" + again.name)
+    fresh.write_bytes(again.read_bytes())
+    _require_same_model(trial, other, "a file written anew at a path read before", second, checkpoint.load(trial, fresh))
+    return {}
+
+
+def dtypes(trial: Trial, case: Case) -> dict[str, float]:
+    """Files in float64, bfloat16 and float16, which the original reads, give their very numbers.
+
+    They all keep their dtype, or all become the original's float32. Would have caught: half precision refused, bits of
+    bfloat16 taken for float16, one dtype that is widened where the others are kept.
+    """
+    if trial.port.loader not in ("checkpoint", "command"):
+        raise Skip(f"the port declares no converter: its load is {trial.port.load!r}")
+    kept: dict[str, bool] = {}
+    for name, dtype in _affordable(trial, case, FILE_DTYPES):
+        original = original_model(trial, case, dtype="float32").to(dtype)
+        path = checkpoint.write(trial, case, original, dtype=dtype)
+        if not _original_reads(trial, path):
+            continue
+        try:
+            actual = checkpoint.load(trial, path)
+        except DescriptionError:
+            raise
+        except Exception as error:
+            raise Mismatch(f"the converter refuses a file in {name}: {_in_one_line(error)}") from error
+        expected = checkpoint.load(trial, checkpoint.write(trial, case, original))
+        theirs = expected.state_dict()
+        for key, tensor in actual.state_dict().items():
+            if key not in theirs or not torch.equal(tensor.float(), theirs[key].float()):
+                raise Mismatch(f"{key} of a file in {name} has other numbers than the file")
+        held = {parameter.dtype for parameter in actual.parameters()}
+        if not held <= {dtype, *(parameter.dtype for parameter in expected.parameters())} or len(held) > 1:
+            raise Mismatch(f"a file in {name} gives a model in {', '.join(sorted(map(str, held)))}")
+        kept[name] = held == {dtype}
+    if len(set(kept.values())) > 1:
+        names = {answer: next(name for name, found in kept.items() if found == answer) for answer in (True, False)}
+        raise Mismatch(
+            f"a file in {names[True]} keeps its dtype and one in {names[False]} does not; a converter keeps all of"
+            " them, or widens all as the original does"
+        )
+    return {"dtypes": float(len(kept))}
 
 
 def dialects(trial: Trial, case: Case) -> dict[str, float]:
