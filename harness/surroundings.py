@@ -126,8 +126,9 @@ def functions() -> dict[str, Callable[..., Any]]:
         found |= _callables(path, getattr(importlib.import_module(module), name))
     for module, name in TABLES:
         table: Any = getattr(importlib.import_module(module), name, {})
-        entries = getattr(table, "_global_mapping", table)
-        found |= {f"transformers' {name}[{key!r}]": _of_entry(entry) for key, entry in dict.items(entries)}
+        # A dictionary of the library's own may make something new of an entry that is asked for in another way.
+        entries = dict.items(table) if isinstance(table, dict) else table.items()
+        found |= {f"transformers' {name}[{key!r}]": _of_entry(entry) for key, entry in entries}
     return found
 
 

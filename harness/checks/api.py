@@ -19,6 +19,7 @@ from harness.numerics import require_close
 from harness.ports import first_line
 from harness.routes.pretrained import load, save
 from harness.trial import (
+    Pair,
     Trial,
     call_port,
     config_class,

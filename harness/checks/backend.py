@@ -73,7 +73,7 @@ def attention_gradients(trial: Trial, case: Case) -> dict[str, float]:
 
 
 def compiled(trial: Trial, case: Case) -> dict[str, float]:
-    """torch.compile takes the port as one graph, and the graph computes the same logits; with padding it may be several.
+    """torch.compile takes the port as one graph, or with padding as several, and they compute the same logits.
 
     Would have caught: graph breaks on values of tensors, shapes burnt into the graph, a mask that compiling leaves out.
     """

@@ -10,8 +10,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 from unittest import mock
 
-import torch
-
 from harness.cases import Case
 from harness.errors import DescriptionError, Mismatch, Skip
 from harness.ports import first_line, source_file
@@ -124,7 +122,7 @@ def _library_keys_pass(trial: Trial, values: Mapping[str, Any]) -> None:
             cls.from_dict({**values, key: value})
         except Exception as error:  # however a configuration refuses
             raise Mismatch(
-                f"{key}={value!r} in config.json, which transformers itself writes there, is refused: {first_line(error)}"
+                f"{key}={value!r} in config.json, where transformers itself writes it, is refused: {first_line(error)}"
             ) from error
 
 
@@ -133,7 +131,7 @@ def _special_tokens_travel(trial: Trial, case: Case) -> None:
 
     So is a list of tokens that end a text, as recent models have; generate() then stops at each.
     """
-    one = dict(zip(SPECIAL_TOKENS, (1, 2, 3), strict=True))
+    one: dict[str, Any] = dict(zip(SPECIAL_TOKENS, (1, 2, 3), strict=True))
     for number, given in enumerate((one, {**one, "eos_token_id": [2, 4]})):
         try:
             config = port_config(trial, case.fields, **given)
@@ -160,6 +158,7 @@ def fields(trial: Trial, case: Case) -> dict[str, float]:
     """
     config = port_config(trial, case.fields)
     aliases = getattr(type(config), "attribute_map", {})
+    refused: dict[str, bool] = {}
     for field, value in case.fields.items():
         main = port_field(trial, type(config), field)
         for name in (main, *(alias for alias, target in aliases.items() if target == main)):
@@ -170,25 +169,20 @@ def fields(trial: Trial, case: Case) -> dict[str, float]:
             others = {port_field(trial, type(config), key): v for key, v in case.fields.items() if key != field}
             if getattr(type(config)(**others, **{name: value}), main) != value:
                 raise Mismatch(f"{name}={value!r} was accepted, but config.{main} is not {value!r}")
-            _names_agree(config, {**others, main: value}, main, name, value)
+            if type(value) is int:
+                refused[f"{main} and {name}"] = _refuses(type(config), {**others, main: value, name: 2 * value})
+    if len(set(refused.values())) > 1:
+        yes, no = (next(names for names, answer in refused.items() if answer == wanted) for wanted in (True, False))
+        raise Mismatch(f"{yes}, two names of one field, are refused when they disagree, and {no} are not")
     return {}
 
 
-def _names_agree(config: Any, given: Mapping[str, Any], main: str, alias: str, value: Any) -> None:
-    """Raises Mismatch when a field that is given two values, one by each name, then has two."""
-    other = value * 2 if type(value) is int else value
-    if other == value:
-        return
+def _refuses(cls: type, values: Mapping[str, Any]) -> bool:
     try:
-        both = type(config)(**given, **{alias: other})
+        cls(**values)
     except (TypeError, ValueError):
-        return
-    found = {name: getattr(both, name, None) for name in (main, alias)}
-    if len(set(found.values())) > 1:
-        raise Mismatch(
-            f"{main}={value!r} and {alias}={other!r} are names of one field, were both accepted, and now are"
-            f" {found[main]!r} and {found[alias]!r}; refuse them, or let one win"
-        )
+        return True
+    return False
 
 
 def unknown_keys(trial: Trial, case: Case) -> dict[str, float]:
@@ -312,29 +306,9 @@ def refused(trial: Trial, case: Case) -> dict[str, float]:
             continue
         described = ", ".join(f"{name}={value!r}" for name, value in overrides.items())
         raise Mismatch(f"the port builds and runs a model with {described}, which the original refuses")
-    _refused_when_set(trial, case, tokens)
     if not count:
         raise Skip("there is no configuration that the original is known to refuse")
     return {"refused": float(count)}
-
-
-def _refused_when_set(trial: Trial, case: Case, tokens: torch.Tensor) -> None:
-    """Raises Mismatch when what is refused as an argument is taken from a configuration that was changed later."""
-    for overrides in trial.family.refused:
-        config = port_config(trial, case.fields)
-        try:
-            for field, value in overrides.items():
-                setattr(config, port_field(trial, type(config), field), value)
-            call_port(trial, place(trial, port_class(trial)(config)), tokens)
-        except DescriptionError:
-            raise
-        except Exception:
-            continue
-        described = ", ".join(f"{name} = {value!r}" for name, value in overrides.items())
-        raise Mismatch(
-            f"after config.{described} the port builds and runs a model, which the original refuses; look at the"
-            " configuration where the model is built too"
-        )
 
 
 def common_names(trial: Trial, case: Case) -> dict[str, float]:

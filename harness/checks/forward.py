@@ -21,6 +21,7 @@ from harness.trial import (
     call_port,
     copied,
     draw,
+    each_attention,
     is_asked,
     original_model,
     outputs_of,
@@ -110,11 +111,12 @@ def large(trial: Trial, case: Case) -> dict[str, float]:
             options = {"labels": port_labels(trial, tokens, targets)}
             targets = original_targets(trial, options["labels"])
         expected = run_original(trial, pair.original, tokens, targets)
-        actual = run_port(trial, pair.port, tokens, **options)
-        for name in expected if options else ("logits",):
-            if actual.get(name) is not None:  # a loss that is not there is the finding of loss.value
-                what = f"{name} of {tokens.shape[1]} tokens ({size})"
-                numbers.append(require_semantics(trial, what, actual[name], expected[name]))
+        for attention in each_attention(pair.port):
+            actual = run_port(trial, pair.port, tokens, **options)
+            for name in expected if options else ("logits",):
+                if actual.get(name) is not None:  # a loss that is not there is the finding of loss.value
+                    what = f"{name} of {tokens.shape[1]} tokens ({size}, attention: {attention})"
+                    numbers.append(require_semantics(trial, what, actual[name], expected[name]))
         if is_asked(trial, "masks", "masks.none_is_ones"):
             actual = run_port(trial, pair.port, tokens, attention_mask=torch.ones_like(tokens))
             what = f"logits of {tokens.shape[1]} tokens with a mask of ones ({size})"

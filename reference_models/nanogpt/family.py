@@ -182,8 +182,6 @@ def checkpoint_dialects(module: torch.nn.Module, fields: Fields, directory: Path
         "no iter_num, best_val_loss and config": without(plain, "iter_num", "best_val_loss", "config"),
         # Attention without torch 2; a constant, and no parameter in spite of its name.
         "causal masks among the weights": plain | {"model": tensors | masks},
-        # train.py's configuration files are Python, and `dropout = 0` is one.
-        "dropout as a whole number": plain | {"model_args": {**fields, "dropout": 0}},
         "its tensors in another order": plain | {"model": dict(reversed(tensors.items()))},
         # The vocabulary is what the embedding has rows for.
         "no vocab_size in model_args": plain | {"model_args": without(fields, "vocab_size")},
