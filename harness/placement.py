@@ -20,7 +20,8 @@ def misplaced(run: Callable[[], object]) -> str | None:
 
     A number alone may be anywhere. Seen are operations that Python calls, on any device.
     """
-    with _Placement() as placement:
+    placement = _Placement()
+    with placement:
         run()
     return placement.found
 
@@ -29,7 +30,7 @@ class _Placement(TorchFunctionMode):
     """Follows tensors that were made without a device until they are moved or meet others."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.found: str | None = None
         self.astray: dict[int, torch.Tensor] = {}  # kept alive, so that no other takes its number
 

@@ -156,7 +156,7 @@ def reseeded(run: Callable[[], object]) -> list[str]:
                 run()
                 states["torch"].append(torch.get_rng_state().tolist())
                 states["random"].append(random.getstate())
-                states["numpy"].append(np.random.get_state()[1].tolist())  # type: ignore[index, union-attr]
+                states["numpy"].append(np.random.get_state()[1].tolist())  # type: ignore[index]
     finally:
         random.setstate(python)
         np.random.set_state(numpy)
