@@ -102,7 +102,7 @@ def settings() -> dict[str, Any]:
         "torch.is_autocast_enabled('cuda')": lambda: torch.is_autocast_enabled("cuda"),
         "torch.get_num_interop_threads()": torch.get_num_interop_threads,
         "torch.initial_seed()": torch.initial_seed,
-        "the smallest float32 (torch.set_flush_denormal)": lambda: float(torch.tensor(1e-40) * 1),
+        "torch.set_flush_denormal": lambda: not bool(torch.tensor(1e-40, dtype=torch.float32) * 1),
     }
     found: dict[str, Any] = {f"torch's {name.replace('_', ' ')}": value for name, value in pytorch.settings().items()}
     for name, probe in probes.items():

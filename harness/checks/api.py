@@ -326,12 +326,16 @@ def auto_classes(trial: Trial, case: Case) -> dict[str, float]:
     AutoModelForCausalLM silently builds another architecture; AutoModel registered with the model that has the head.
     """
     import transformers
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
 
     model_class, cls = port_class(trial), config_class(trial)  # importing the model's file is what registers it
     model_type = getattr(cls, "model_type", "")
     if not model_type:
         raise Mismatch(f"{cls.__name__} has no model_type")
+    own = cls.__module__.startswith("transformers.")
+    if model_type in CONFIG_MAPPING_NAMES and not own:
+        # Registered over it, as exist_ok allows, it would be the port's here and the library's in every other program.
+        raise Mismatch(f"model_type '{model_type}' belongs to {CONFIG_MAPPING_NAMES[model_type]} of transformers")
     if model_type in CONFIG_MAPPING and CONFIG_MAPPING[model_type] is not cls:
         raise Mismatch(f"model_type '{model_type}' belongs to {CONFIG_MAPPING[model_type].__name__} of transformers")
     if model_type not in CONFIG_MAPPING:

@@ -127,16 +127,16 @@ def _library_keys_pass(trial: Trial, values: Mapping[str, Any]) -> None:
 
 
 def _special_tokens_travel(trial: Trial, case: Case) -> None:
-    """Raises Mismatch when a token id that is given is not what the configuration has, before and after a file.
+    """Raises Mismatch when a token id, or use_cache, is given and not what the configuration has, or loses it in a file.
 
-    So is a list of tokens that end a text, as recent models have; generate() then stops at each.
+    A list of tokens that end a text is asked too, as recent models have it.
     """
     one: dict[str, Any] = dict(zip(SPECIAL_TOKENS, (1, 2, 3), strict=True))
-    for number, given in enumerate((one, {**one, "eos_token_id": [2, 4]})):
+    for number, given in enumerate((one, {**one, "eos_token_id": [2, 4]}, {"use_cache": False})):
         try:
             config = port_config(trial, case.fields, **given)
         except (TypeError, ValueError):
-            continue  # a configuration that takes no such tokens
+            continue  # a configuration that takes none of these
         directory = trial.workdir / f"tokens-{number}"
         config.save_pretrained(directory)
         model = port_class(trial)(copy.deepcopy(config))

@@ -1829,6 +1829,13 @@ MORE_FILES = (
 
 MORE_INTERFACE = (
     _config(
+        "model-type-of-gpt2",
+        "the model type is GPT-2's, over which the port registers itself",
+        "api.auto_classes",
+        'model_type = "nanogpt"',
+        'model_type = "gpt2"',
+    ),
+    _config(
         "eos-list-cut",
         "of several tokens that end a text the first alone is kept",
         "config.json_round_trip",
