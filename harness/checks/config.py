@@ -127,7 +127,7 @@ def _library_keys_pass(trial: Trial, values: Mapping[str, Any]) -> None:
 
 
 def _special_tokens_travel(trial: Trial, case: Case) -> None:
-    """Raises Mismatch when a token id, or use_cache, is given and not what the configuration has, or loses it in a file.
+    """Raises Mismatch when a token id, or use_cache, is not what the configuration was given, before and after a file.
 
     A list of tokens that end a text is asked too, as recent models have it.
     """

@@ -284,7 +284,19 @@ def inputs_embeds(trial: Trial, case: Case) -> dict[str, float]:
     (gradient,) = torch.autograd.grad(actual.sum(), embeds, allow_unused=True) if actual.requires_grad else (None,)
     if gradient is None:
         raise Mismatch("no gradient reaches inputs_embeds, so that a prompt cannot be tuned")
-    return require_semantics(trial, "logits from inputs_embeds", actual.detach(), expected)
+    numbers = require_semantics(trial, "logits from inputs_embeds", actual.detach(), expected)
+    return worst(numbers, _embeds_behind_a_cache(trial, pair, embeds.detach(), expected))
+
+
+def _embeds_behind_a_cache(trial: Trial, pair: Pair, embeds: torch.Tensor, expected: torch.Tensor) -> dict[str, float]:
+    if not is_asked(trial, "generation", "generation.cache") or embeds.shape[1] < 2:
+        return {}
+    half = embeds.shape[1] // 2
+    with torch.no_grad():
+        cached = call_port(trial, pair.port, None, inputs_embeds=embeds[:, :half], use_cache=True).past_key_values
+        output = call_port(trial, pair.port, None, inputs_embeds=embeds[:, half:], past_key_values=cached)
+    what = f"logits from inputs_embeds behind a cache of {half}"
+    return require_semantics(trial, what, outputs_of(trial, output)["logits"], expected[:, half:])
 
 
 def position_ids(trial: Trial, case: Case) -> dict[str, float]:
@@ -313,10 +325,14 @@ def position_ids(trial: Trial, case: Case) -> dict[str, float]:
             tables[0].weight.copy_(tables[0].weight.roll(-shift, dims=0))
     expected = run_original(trial, rolled, tokens, pair.batch.targets)["logits"]
     numbers = []
-    for what, mask in (("", None), (" and a mask of ones", torch.ones_like(tokens))):
+    for what, given, mask in (
+        ("", ids, None),
+        (" for all rows", ids[:1], None),
+        (" and a mask of ones", ids, torch.ones_like(tokens)),
+    ):
         if mask is not None and not ("masks" in trial.family.features and takes(pair.port, "attention_mask")):
             continue
-        actual = port_logits(trial, pair.port, tokens, position_ids=ids, attention_mask=mask)
+        actual = port_logits(trial, pair.port, tokens, position_ids=given, attention_mask=mask)
         numbers.append(require_semantics(trial, f"logits with position_ids from {shift}{what}", actual, expected))
     return worst(*numbers)
 

@@ -335,6 +335,7 @@ def inputs_embeds(trial: Trial, case: Case) -> dict[str, float]:
 def given(trial: Trial, case: Case) -> dict[str, float]:
     """What generate() is given beside ids and mask reaches forward, with a cache and without: positions, outputs.
 
+    A cache of all tokens but the last is gone on from.
     Would have caught: a prepare_inputs_for_generation that passes on only what its author needed.
     """
     pair, prompt, _ = _prompted(trial, dataclasses.replace(case, tokens=max(case.tokens, 2)))
@@ -361,7 +362,9 @@ def given(trial: Trial, case: Case) -> dict[str, float]:
         states = getattr(made, "hidden_states", None)
         if _gives_hidden_states(trial, pair) and (not states or not states[0]):
             raise Mismatch(f"generate(output_hidden_states=True) gives none {how}, though forward does")
-    return worst(*numbers)
+    with torch.no_grad():
+        cached = call_port(trial, pair.port, prompt[:, :-1], use_cache=True).past_key_values
+    return worst(*numbers, _continues(trial, pair, prompt, 2, past_key_values=cached))
 
 
 def _gives_hidden_states(trial: Trial, pair: Pair) -> bool:

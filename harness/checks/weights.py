@@ -129,7 +129,11 @@ def tied(trial: Trial, case: Case) -> dict[str, float]:
     original = original_model(trial, case, dtype="float32")
     _require_tied(port_class(trial)(port_config(trial, case.fields)), "after construction")
     _require_tied(carry(trial, case, original), "after loading")
-    _require_tied(load(trial, save(trial, case, original)), "after save_pretrained and from_pretrained")
+    loaded: Any = load(trial, save(trial, case, original))
+    _require_tied(loaded, "after save_pretrained and from_pretrained")
+    loaded.set_input_embeddings(copied(loaded.get_input_embeddings()))
+    loaded.tie_weights()
+    _require_tied(loaded, "after set_input_embeddings and tie_weights")
     return {}
 
 
