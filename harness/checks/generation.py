@@ -21,6 +21,7 @@ from harness.trial import (
     Pair,
     Trial,
     call_port,
+    each_attention,
     is_asked,
     original_model,
     port_logits,
@@ -123,11 +124,12 @@ def _require_named(maximum: int, error: ValueError) -> None:
 def cache(trial: Trial, case: Case) -> dict[str, float]:
     """Logits of one token at a time with a cache equal those of the whole sequence at once.
 
-    A cache that is given is used when none is asked back, and `config.use_cache` counts where the argument is not
+    With eager attention too. A cache that is given is used when none is asked back, and `config.use_cache` counts where the argument is not
     given. Would have caught: cached keys in the wrong place, positions that restart at zero with every call.
     """
     pair = prepare(trial, case)
-    numbers = _incremental(trial, pair, [1] * pair.batch.tokens.shape[1])
+    chunks = [1] * pair.batch.tokens.shape[1]
+    numbers = worst(*(_incremental(trial, pair, chunks, attention) for attention in each_attention(pair.port)))
     _use_cache_of_configuration(trial, pair)
     if pair.batch.tokens.shape[1] < 2:
         return numbers
@@ -193,7 +195,8 @@ def chunked_prefill(trial: Trial, case: Case) -> dict[str, float]:
     pair = prepare(trial, dataclasses.replace(case, tokens=max(case.tokens, 4)))
     count = pair.batch.tokens.shape[1]
     first = 1 + case.seed % (count - 2)
-    return _incremental(trial, pair, [first, count - first])
+    chunks = [first, count - first]
+    return worst(*(_incremental(trial, pair, chunks, attention) for attention in each_attention(pair.port)))
 
 
 def sampled(trial: Trial, case: Case) -> dict[str, float]:
@@ -406,11 +409,11 @@ def incremental_logits(
     return torch.cat(pieces, dim=1)
 
 
-def _incremental(trial: Trial, pair: Pair, chunks: list[int]) -> dict[str, float]:
+def _incremental(trial: Trial, pair: Pair, chunks: list[int], attention: str = "its own") -> dict[str, float]:
     tokens = pair.batch.tokens
     expected = run_original(trial, pair.original, tokens, pair.batch.targets)["logits"]
     actual = incremental_logits(trial, pair.port, tokens, chunks)
-    what = f"logits with a cache, in chunks of {_listed_counts(chunks)}"
+    what = f"logits with a cache, in chunks of {_listed_counts(chunks)} (attention: {attention})"
     return require_semantics(trial, what, actual, expected)
 
 

@@ -1872,6 +1872,20 @@ MORE_INTERFACE = (
         "    def enable_input_require_grads(self) -> None:\n        self._require_grads_hook = self.register_forward_hook(lambda *_: None)\n\n    def _init_weights(self",
     ),
     _model(
+        "eager-scale-of-one-token",
+        "eager attention scales twice where one token stands behind a cache",
+        "generation.cache",
+        "key.transpose(-1, -2)) * scaling\n",
+        "key.transpose(-1, -2)) * (scaling if query.shape[-2] > 1 else scaling**2)\n",
+    ),
+    _model(
+        "cached-embeds-restart",
+        "inputs_embeds behind a cache stand at the first positions",
+        "forward.inputs_embeds",
+        "        positions = self._positions(inputs_embeds, past,",
+        "        positions = self._positions(inputs_embeds, past if input_ids is not None else 0,",
+    ),
+    _model(
         "generate-keeps-positions-back",
         "without a cache generate() passes use_cache on and nothing else",
         "generation.given",
