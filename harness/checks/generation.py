@@ -124,8 +124,9 @@ def _require_named(maximum: int, error: ValueError) -> None:
 def cache(trial: Trial, case: Case) -> dict[str, float]:
     """Logits of one token at a time with a cache equal those of the whole sequence at once.
 
-    With eager attention too. A cache that is given is used when none is asked back, and `config.use_cache` counts where the argument is not
-    given. Would have caught: cached keys in the wrong place, positions that restart at zero with every call.
+    With eager attention too. A cache that is given is used when none is asked back, and `config.use_cache` counts where
+    the argument is not given. Would have caught: cached keys in the wrong place, positions that restart at zero with
+    every call.
     """
     pair = prepare(trial, case)
     chunks = [1] * pair.batch.tokens.shape[1]
