@@ -1871,6 +1871,31 @@ MORE_INTERFACE = (
         "    def _init_weights(self",
         "    def enable_input_require_grads(self) -> None:\n        self._require_grads_hook = self.register_forward_hook(lambda *_: None)\n\n    def _init_weights(self",
     ),
+    _config(
+        "use-cache-lost",
+        "use_cache=False is accepted and ignored",
+        "config.json_round_trip",
+        '"use_cache": use_cache,',
+        '"use_cache": True,',
+    ),
+    _model(
+        "positions-for-all-rows-refused",
+        "positions that are given once for all rows fail",
+        "forward.position_ids",
+        "            return position_ids\n",
+        "            return position_ids.view(inputs_embeds.shape[0], length)\n",
+    ),
+    _model(
+        "replaced-table-not-tied",
+        "tie_weights ties an embedding that was replaced no more",
+        "weights.tied",
+        "    def _init_weights(self",
+        "    def tie_weights(self, *args: Any, **kwargs: Any) -> Any:\n"
+        "        table = self.get_input_embeddings()\n"
+        '        if table is self.__dict__.setdefault("_first_table", table):\n'
+        "            super().tie_weights(*args, **kwargs)\n\n"
+        "    def _init_weights(self",
+    ),
     _model(
         "eager-scale-of-one-token",
         "eager attention scales twice where one token stands behind a cache",
