@@ -732,6 +732,20 @@ TRAINING = (
         "self.c_proj(self.gelu(self.c_fc(hidden_states)))",
     ),
     _model(
+        "dropout-inside-mlp",
+        "the MLP drops out before its last product instead of after it",
+        "training.dropout",
+        "self.dropout(self.c_proj(self.gelu(self.c_fc(hidden_states))))",
+        "self.c_proj(self.dropout(self.gelu(self.c_fc(hidden_states))))",
+    ),
+    _model(
+        "dropout-before-positions",
+        "token embeddings are dropped before the positions are added",
+        "training.dropout",
+        "self.drop(inputs_embeds + self.wpe(positions))",
+        "self.drop(inputs_embeds) + self.wpe(positions)",
+    ),
+    _model(
         "dropout-embedding",
         "embeddings are not dropped",
         "training.dropout",
