@@ -70,6 +70,9 @@ class Family:
         have a default.
     special_tokens: configuration name (`eos_token_id`, ...) -> its default; those not named are None in the original.
     refused: overrides of a drawn case's fields, each of which makes a configuration that the original refuses.
+    large: overrides of a drawn case's fields, each of which makes a model that is larger somewhere than any that is
+        drawn (layers with numbers of two digits, more positions or tokens, wider heads). A few checks ask for one row
+        of its full length; `weights.large` writes files of the first.
     port_key: (original's state-dict key) -> the port's key.
     tied: groups of state-dict keys of the original that are one tensor.
     maximum_length, vocabulary: names of the fields that bound positions and token ids.
@@ -84,6 +87,9 @@ class Family:
         those that today's original reads, `weights.older_dialects` for the others.
     resume: (module, path) resumes the original's training from its own file, as far as the weights are loaded; raises
         where it cannot.
+    training_state: keyword of a port's way back -> a value to write there, such as the number of steps done. Those that
+        the port's `to_...` takes are given.
+    read_training_state: path -> the same by the same keywords, from where the original's resume code looks for each.
     checkpoint_name: the file name `write_checkpoint` output goes by.
     generate_original: (module, prompt, keyword options max_new_tokens, temperature, top_k) -> prompt + new tokens.
     parameter_groups: (original module, weight decay) -> AdamW groups of the original.
@@ -106,6 +112,7 @@ class Family:
     defaults: Fields | None = None
     special_tokens: Mapping[str, int | None] = dataclasses.field(default_factory=dict)
     refused: Sequence[Fields] = ()
+    large: Sequence[Fields] = ()
     port_key: Callable[[str], str] = str
     tied: Sequence[Sequence[str]] = ()
     maximum_length: str = "max_position_embeddings"
@@ -118,6 +125,8 @@ class Family:
     read_checkpoint: Callable[[str], tuple[Fields, dict[str, torch.Tensor]]] | None = None
     checkpoint_dialects: Callable[[torch.nn.Module, Fields, Path], Mapping[str, Path]] | None = None
     resume: Callable[[torch.nn.Module, str], None] | None = None
+    training_state: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    read_training_state: Callable[[str], Mapping[str, Any]] | None = None
     checkpoint_name: str = "checkpoint.pt"
     generate_original: Callable[..., torch.Tensor] | None = None
     parameter_groups: Callable[[torch.nn.Module, float], list[dict[str, Any]]] | None = None

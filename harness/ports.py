@@ -21,6 +21,8 @@ from typing import Any, Literal
 from harness.errors import DescriptionError, Mismatch
 from harness.families import Family, find_family, nearest
 
+_changed_by_import: dict[tuple[str, Path], list[str]] = {}
+
 LOADERS = ("state_dict", "checkpoint", "pretrained", "command")
 LABELS = ("hf", "preshifted")
 
@@ -233,7 +235,13 @@ def load_object(spec: str, *, root: Path) -> Any:
     Raises DescriptionError when the file or the name does not exist, and Mismatch when the code cannot be imported.
     """
     place, _, name = spec.rpartition(":")
-    module = _import_file(root / place, spec) if place.endswith(".py") else _import_module(place, root, spec)
+    if "torch" in sys.modules and (place, root) not in _changed_by_import:
+        from harness.surroundings import watched
+
+        with watched(_changed_by_import.setdefault((place, root), [])):
+            module = _import(place, spec, root)
+    else:
+        module = _import(place, spec, root)
     found: Any = module
     for part in name.split("."):
         if not hasattr(found, part):
@@ -245,6 +253,17 @@ def load_object(spec: str, *, root: Path) -> Any:
             raise DescriptionError(f"'{spec}': there is no '{part}' in {place}{nearest(part, own)}")
         found = getattr(found, part)
     return found
+
+
+def changed_by_import(port: Port) -> list[str]:
+    """In words, what importing a port's code in this process changed around it, see `harness.surroundings`."""
+    specs = (port.model, port.config, converter_spec(port) or port.model)
+    places = dict.fromkeys((spec.rpartition(":")[0], port.root) for spec in specs)
+    return [change for place in places for change in _changed_by_import.get(place, [])]
+
+
+def _import(place: str, spec: str, root: Path) -> types.ModuleType:
+    return _import_file(root / place, spec) if place.endswith(".py") else _import_module(place, root, spec)
 
 
 def require_named(port: Port) -> None:

@@ -163,9 +163,14 @@ def call_port(trial: Trial, model: torch.nn.Module, tokens: torch.Tensor | None,
     with pytorch.autocast(trial.backend, trial.dtype):
         output = model(**given)
     for name, value in before.items():
-        if not torch.equal(given[name].detach().nan_to_num(), value.detach().nan_to_num()):
+        if not torch.equal(_without_nan(given[name]), _without_nan(value)):
             raise Mismatch(f"forward writes into its argument '{name}'; the caller's tensor must stay as it was")
     return output
+
+
+def _without_nan(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor with zeros for what is not a number, which does not equal itself."""
+    return torch.where(tensor.isnan(), 0, tensor.detach()) if tensor.is_floating_point() else tensor
 
 
 def _require_taken(model: torch.nn.Module, names: Iterable[str]) -> None:

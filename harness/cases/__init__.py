@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from harness.families import Family
@@ -34,6 +34,14 @@ def case_from_dict(values: Mapping[str, Any]) -> Case:
     """The case that `as_dict` described."""
     fields = {key: value for key, value in values.items() if key not in ("rows", "tokens", "seed")}
     return Case(fields=fields, rows=values["rows"], tokens=values["tokens"], seed=values["seed"])
+
+
+def large_cases(family: Family, case: Case) -> Iterator[tuple[str, Case]]:
+    """The case with each of the family's large sizes: what sets it apart in words, and one row of its full length."""
+    for overrides in family.large:
+        fields = {**case.fields, **overrides}
+        described = ", ".join(f"{name}={value!r}" for name, value in overrides.items())
+        yield described, dataclasses.replace(case, fields=fields, rows=1, tokens=fields[family.maximum_length])
 
 
 def cases(family: Family) -> SearchStrategy[Case]:

@@ -19,12 +19,14 @@ from harness.numerics import require_close
 from harness.ports import first_line
 from harness.routes.pretrained import load, save
 from harness.trial import (
+    Pair,
     Trial,
     call_port,
     config_class,
     field_known_by,
     initial_original,
     original_model,
+    outputs_of,
     port_class,
     port_config,
     port_logits,
@@ -51,6 +53,7 @@ def output_type(trial: Trial, case: Case) -> dict[str, float]:
         raise Mismatch(f"logits have shape {tuple(output.logits.shape)}, expected {shape}")
     if getattr(output, "loss", None) is not None:
         raise Mismatch("forward returns a loss though it was given no labels")
+    _takes_ids_first(trial, pair, output.logits)
     if "loss" in trial.family.features:
         labels = port_labels(trial, pair.batch.tokens, pair.batch.targets)
         if getattr(_call(trial, pair.port, pair.batch.tokens, labels=labels), "loss", None) is None:
@@ -64,6 +67,20 @@ def output_type(trial: Trial, case: Case) -> dict[str, float]:
                 " callers of AutoModel expect an output with .last_hidden_state"
             )
     return {}
+
+
+def _takes_ids_first(trial: Trial, pair: Pair, expected: torch.Tensor) -> None:
+    tokens = pair.batch.tokens.to(next(pair.port.parameters()).device)
+    try:
+        with torch.no_grad():
+            actual = pair.port(tokens)
+    except Exception as error:  # whatever the first argument is taken for
+        raise Mismatch(
+            f"forward(tokens) without a keyword raises {type(error).__name__}: {first_line(error)};"
+            " token ids are the first argument"
+        ) from error
+    if not torch.equal(outputs_of(trial, actual)["logits"], expected.cpu()):
+        raise Mismatch("forward(tokens) gives other logits than forward(input_ids=tokens): ids are the first argument")
 
 
 def tuple_order(trial: Trial, case: Case) -> dict[str, float]:
@@ -309,12 +326,16 @@ def auto_classes(trial: Trial, case: Case) -> dict[str, float]:
     AutoModelForCausalLM silently builds another architecture; AutoModel registered with the model that has the head.
     """
     import transformers
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
 
     model_class, cls = port_class(trial), config_class(trial)  # importing the model's file is what registers it
     model_type = getattr(cls, "model_type", "")
     if not model_type:
         raise Mismatch(f"{cls.__name__} has no model_type")
+    own = cls.__module__.startswith("transformers.")
+    if model_type in CONFIG_MAPPING_NAMES and not own:
+        # Registered over it, as exist_ok allows, it would be the port's here and the library's in every other program.
+        raise Mismatch(f"model_type '{model_type}' belongs to {CONFIG_MAPPING_NAMES[model_type]} of transformers")
     if model_type in CONFIG_MAPPING and CONFIG_MAPPING[model_type] is not cls:
         raise Mismatch(f"model_type '{model_type}' belongs to {CONFIG_MAPPING[model_type].__name__} of transformers")
     if model_type not in CONFIG_MAPPING:
@@ -356,6 +377,7 @@ def embeddings(trial: Trial, case: Case) -> dict[str, float]:
             raise Mismatch(f"{name}() does not give the table with {vocabulary} rows")
     before = port_logits(trial, model, pair.batch.tokens)
     table = model.get_input_embeddings()
+    _require_input_gradients(trial, model, pair.batch.tokens)
     replaced = torch.nn.Embedding(*table.weight.shape).to(table.weight)
     model.set_input_embeddings(replaced)
     if model.get_input_embeddings() is not replaced:
@@ -363,6 +385,24 @@ def embeddings(trial: Trial, case: Case) -> dict[str, float]:
     if torch.equal(port_logits(trial, model, pair.batch.tokens), before):
         raise Mismatch("after set_input_embeddings the model still uses the old table")
     return {}
+
+
+def _require_input_gradients(trial: Trial, model: Any, tokens: torch.Tensor) -> None:
+    """Raises Mismatch unless a frozen model computes gradients for its inputs once it is told to, as adapters need."""
+    if not hasattr(model, "enable_input_require_grads"):
+        return
+    trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    model.requires_grad_(False)
+    model.enable_input_require_grads()
+    tracked = call_port(trial, model, tokens).logits.requires_grad
+    model.disable_input_require_grads()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(trained[name])
+    if not tracked:
+        raise Mismatch(
+            "after enable_input_require_grads() the logits of a frozen model carry no gradient, so that adapters with"
+            " gradient checkpointing train nothing; tokens are embedded by calling get_input_embeddings()"
+        )
 
 
 def device_map(trial: Trial, case: Case) -> dict[str, float]:

@@ -15,8 +15,19 @@ from harness.checks.masks import padded_batch
 from harness.checks.training import port_gradients
 from harness.errors import Mismatch, Skip
 from harness.numerics import require_close
+from harness.placement import misplaced
 from harness.ports import first_line
-from harness.trial import Pair, Trial, port_logits, prepare, require_semantics, worst
+from harness.trial import (
+    Pair,
+    Trial,
+    call_port,
+    each_attention,
+    is_asked,
+    port_logits,
+    prepare,
+    require_semantics,
+    worst,
+)
 
 ATTENTION = ("sdpa",)
 """What is compared with eager attention; flash kernels need a GPU and half precision, where SDPA picks them."""
@@ -62,9 +73,9 @@ def attention_gradients(trial: Trial, case: Case) -> dict[str, float]:
 
 
 def compiled(trial: Trial, case: Case) -> dict[str, float]:
-    """torch.compile takes the port as one graph, and the graph computes the same logits.
+    """torch.compile takes the port as one graph, or with padding as several, and they compute the same logits.
 
-    Would have caught: graph breaks on values of tensors, shapes burnt into the graph.
+    Would have caught: graph breaks on values of tensors, shapes burnt into the graph, a mask that compiling leaves out.
     """
     pair = prepare(trial, dataclasses.replace(case, rows=2, tokens=max(case.tokens, 2)))
     expected = port_logits(trial, pair.port, pair.batch.tokens)
@@ -76,7 +87,48 @@ def compiled(trial: Trial, case: Case) -> dict[str, float]:
         raise Mismatch(f"torch.compile(fullgraph=True) fails: {first_line(error)}") from None
     finally:
         torch._dynamo.reset()
-    return require_semantics(trial, "compiled logits", actual, expected)
+    numbers = require_semantics(trial, "compiled logits", actual, expected)
+    return worst(numbers, _compiled_masked(trial, case, pair))
+
+
+def placement(trial: Trial, case: Case) -> dict[str, float]:
+    """Tensors that forward and its loss make are made where their inputs are, so that the port runs on any device.
+
+    Asked on the CPU, where such a fault does not show. Would have caught: torch.arange(length) without a device.
+    """
+    pair = prepare(trial, at_least_two_tokens(case))
+    tokens = pair.batch.tokens
+    calls: dict[str, dict[str, Any]] = {"forward": {}}
+    if is_asked(trial, "loss", "loss.value"):
+        calls["forward with labels"] = {"labels": port_labels(trial, tokens, pair.batch.targets)}
+    if is_asked(trial, "masks", "masks.none_is_ones"):
+        calls["forward with a mask"] = {"attention_mask": torch.ones_like(tokens)}
+    for attention in each_attention(pair.port):
+        for what, options in calls.items():
+            found = misplaced(lambda: call_port(trial, pair.port, tokens, **options))  # noqa: B023
+            if found is not None:
+                raise Mismatch(
+                    f"{what} makes a tensor without saying on which device, which fails on a GPU: {found}"
+                    f" (attention: {attention}); make it with device= of its inputs"
+                )
+    return {"calls": float(len(calls))}
+
+
+def _compiled_masked(trial: Trial, case: Case, pair: Pair) -> dict[str, float]:
+    if not is_asked(trial, "masks", "masks.left_padding"):
+        return {}
+    padded = padded_batch(trial, case, pair, "left")
+    mask = padded.mask.long()
+    expected = port_logits(trial, pair.port, padded.tokens, attention_mask=mask)[padded.mask]
+    try:
+        # What is traced is the question here, and tracing alone takes a third of the time.
+        traced: Any = torch.compile(pair.port, backend="eager")
+        actual = port_logits(trial, traced, padded.tokens, attention_mask=mask)[padded.mask]
+    except torch._dynamo.exc.TorchDynamoException as error:
+        raise Mismatch(f"torch.compile fails with padding: {first_line(error)}") from None
+    finally:
+        torch._dynamo.reset()
+    return require_semantics(trial, "compiled logits of left-padded rows", actual, expected)
 
 
 def _for_each(trial: Trial, pair: Pair, what: str, run: Callable[[], torch.Tensor]) -> dict[str, float]:

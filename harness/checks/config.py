@@ -3,9 +3,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 from unittest import mock
 
@@ -28,6 +29,26 @@ from harness.trial import (
 UNKNOWN_KEY = "a_field_that_nobody_declares"
 
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+LIBRARY_KEYS: Mapping[str, Any] = {
+    "_attn_implementation_autoset": True,
+    "attn_implementation": "eager",
+    "dtype": "float32",
+    "gradient_checkpointing": False,
+    "is_decoder": True,
+    "is_encoder_decoder": False,
+    "name_or_path": "",
+    "problem_type": None,
+    "pruned_heads": {},
+    "quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True},
+    "task_specific_params": None,
+    "tokenizer_class": "GPT2TokenizerFast",
+    "torch_dtype": "float32",
+    "torchscript": False,
+    "transformers_version": "4.40.0",
+    "use_bfloat16": False,
+}
+"""What releases of transformers from 4 on, its quantizers and its users' scripts put into any config.json."""
 
 COMMON_NAMES = ("hidden_size", "num_attention_heads", "num_hidden_layers", "vocab_size")
 """What transformers' own tests, its caches, PEFT and serving engines read from every configuration."""
@@ -83,6 +104,7 @@ def json_round_trip(trial: Trial, case: Case) -> dict[str, float]:
             raise Mismatch(f"{name} was {getattr(config, name)!r} and is {getattr(loaded, name)!r} after config.json")
     before, after = (json.loads((folder / "config.json").read_text()) for folder in (first, second))
     _special_tokens_travel(trial, case)
+    _library_keys_pass(trial, before)
     changed = sorted(key for key in before.keys() | after.keys() if before.get(key) != after.get(key))
     if changed:
         key = changed[0]
@@ -90,19 +112,43 @@ def json_round_trip(trial: Trial, case: Case) -> dict[str, float]:
     return {}
 
 
+def _library_keys_pass(trial: Trial, values: Mapping[str, Any]) -> None:
+    """Raises Mismatch when a key that one release or another of the library itself writes to config.json is refused."""
+    cls: Any = config_class(trial)
+    for key, value in LIBRARY_KEYS.items():
+        if key in values:
+            continue
+        try:
+            cls.from_dict({**values, key: value})
+        except Exception as error:  # however a configuration refuses
+            raise Mismatch(
+                f"{key}={value!r} in config.json, where transformers itself writes it, is refused: {first_line(error)}"
+            ) from error
+
+
 def _special_tokens_travel(trial: Trial, case: Case) -> None:
-    """Raises Mismatch when a token id that is given is not what the configuration has, before and after a file."""
-    given = dict(zip(SPECIAL_TOKENS, (1, 2, 3), strict=True))
-    try:
-        config = port_config(trial, case.fields, **given)
-    except (TypeError, ValueError):
-        return  # a configuration that takes no such tokens
-    directory = trial.workdir / "tokens"
-    config.save_pretrained(directory)
-    for when, found in (("", config), (" after config.json", type(config).from_pretrained(directory))):
-        for name, value in given.items():
-            if getattr(found, name, value) != value:
-                raise Mismatch(f"{name}={value} was given, and is {getattr(found, name)!r}{when}")
+    """Raises Mismatch when a token id, or use_cache, is not what the configuration was given, before and after a file.
+
+    A list of tokens that end a text is asked too, as recent models have it.
+    """
+    one: dict[str, Any] = dict(zip(SPECIAL_TOKENS, (1, 2, 3), strict=True))
+    for number, given in enumerate((one, {**one, "eos_token_id": [2, 4]}, {"use_cache": False})):
+        try:
+            config = port_config(trial, case.fields, **given)
+        except (TypeError, ValueError):
+            continue  # a configuration that takes none of these
+        directory = trial.workdir / f"tokens-{number}"
+        config.save_pretrained(directory)
+        model = port_class(trial)(copy.deepcopy(config))
+        holders = {
+            "": config,
+            " after config.json": type(config).from_pretrained(directory),
+            " in the generation settings of a model": getattr(model, "generation_config", config),
+        }
+        for when, found in holders.items():
+            for name, value in given.items():
+                if getattr(found, name, value) != value:
+                    raise Mismatch(f"{name}={value} was given, and is {getattr(found, name)!r}{when}")
 
 
 def fields(trial: Trial, case: Case) -> dict[str, float]:
@@ -112,6 +158,7 @@ def fields(trial: Trial, case: Case) -> dict[str, float]:
     """
     config = port_config(trial, case.fields)
     aliases = getattr(type(config), "attribute_map", {})
+    refused: dict[str, bool] = {}
     for field, value in case.fields.items():
         main = port_field(trial, type(config), field)
         for name in (main, *(alias for alias, target in aliases.items() if target == main)):
@@ -122,7 +169,20 @@ def fields(trial: Trial, case: Case) -> dict[str, float]:
             others = {port_field(trial, type(config), key): v for key, v in case.fields.items() if key != field}
             if getattr(type(config)(**others, **{name: value}), main) != value:
                 raise Mismatch(f"{name}={value!r} was accepted, but config.{main} is not {value!r}")
+            if type(value) is int:
+                refused[f"{main} and {name}"] = _refuses(type(config), {**others, main: value, name: 2 * value})
+    if len(set(refused.values())) > 1:
+        yes, no = (next(names for names, answer in refused.items() if answer == wanted) for wanted in (True, False))
+        raise Mismatch(f"{yes}, two names of one field, are refused when they disagree, and {no} are not")
     return {}
+
+
+def _refuses(cls: type, values: Mapping[str, Any]) -> bool:
+    try:
+        cls(**values)
+    except (TypeError, ValueError):
+        return True
+    return False
 
 
 def unknown_keys(trial: Trial, case: Case) -> dict[str, float]:

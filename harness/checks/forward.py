@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 
 from harness import localise
-from harness.cases import Case
+from harness.cases import Case, large_cases
 from harness.checks.loss import at_least_two_tokens, original_targets, port_labels
 from harness.errors import Mismatch, Skip
 from harness.layout import layout_of
@@ -21,6 +21,7 @@ from harness.trial import (
     call_port,
     copied,
     draw,
+    each_attention,
     is_asked,
     original_model,
     outputs_of,
@@ -90,6 +91,36 @@ def lengths(trial: Trial, case: Case) -> dict[str, float]:
     for tokens in (1, maximum):
         batch = draw(trial, dataclasses.replace(case, tokens=tokens))
         numbers.append(_same_logits(trial, case, pair, batch.tokens, batch.targets, f"logits of {tokens} tokens"))
+    return worst(*numbers)
+
+
+def large(trial: Trial, case: Case) -> dict[str, float]:
+    """Logits and loss of the family's large models equal the original's, with a mask of ones too.
+
+    Would have caught: a name pattern that knows layers of one digit, a head size that is capped, positions counted in
+    float16, token ids kept in 16 bits, a loss over the first 256 tokens.
+    """
+    sizes = list(large_cases(trial.family, case))
+    if not sizes:
+        raise Skip(f"family '{trial.family.name}' declares no large sizes")
+    numbers = []
+    for size, big in sizes:
+        pair = prepare(trial, big)
+        tokens, targets, options = pair.batch.tokens, pair.batch.targets, {}
+        if is_asked(trial, "loss", "loss.value"):
+            options = {"labels": port_labels(trial, tokens, targets)}
+            targets = original_targets(trial, options["labels"])
+        expected = run_original(trial, pair.original, tokens, targets)
+        for attention in each_attention(pair.port):
+            actual = run_port(trial, pair.port, tokens, **options)
+            for name in expected if options else ("logits",):
+                if actual.get(name) is not None:  # a loss that is not there is the finding of loss.value
+                    what = f"{name} of {tokens.shape[1]} tokens ({size}, attention: {attention})"
+                    numbers.append(require_semantics(trial, what, actual[name], expected[name]))
+        if is_asked(trial, "masks", "masks.none_is_ones"):
+            actual = run_port(trial, pair.port, tokens, attention_mask=torch.ones_like(tokens))
+            what = f"logits of {tokens.shape[1]} tokens with a mask of ones ({size})"
+            numbers.append(require_semantics(trial, what, actual["logits"], expected["logits"]))
     return worst(*numbers)
 
 
@@ -253,7 +284,19 @@ def inputs_embeds(trial: Trial, case: Case) -> dict[str, float]:
     (gradient,) = torch.autograd.grad(actual.sum(), embeds, allow_unused=True) if actual.requires_grad else (None,)
     if gradient is None:
         raise Mismatch("no gradient reaches inputs_embeds, so that a prompt cannot be tuned")
-    return require_semantics(trial, "logits from inputs_embeds", actual.detach(), expected)
+    numbers = require_semantics(trial, "logits from inputs_embeds", actual.detach(), expected)
+    return worst(numbers, _embeds_behind_a_cache(trial, pair, embeds.detach(), expected))
+
+
+def _embeds_behind_a_cache(trial: Trial, pair: Pair, embeds: torch.Tensor, expected: torch.Tensor) -> dict[str, float]:
+    if not is_asked(trial, "generation", "generation.cache") or embeds.shape[1] < 2:
+        return {}
+    half = embeds.shape[1] // 2
+    with torch.no_grad():
+        cached = call_port(trial, pair.port, None, inputs_embeds=embeds[:, :half], use_cache=True).past_key_values
+        output = call_port(trial, pair.port, None, inputs_embeds=embeds[:, half:], past_key_values=cached)
+    what = f"logits from inputs_embeds behind a cache of {half}"
+    return require_semantics(trial, what, outputs_of(trial, output)["logits"], expected[:, half:])
 
 
 def position_ids(trial: Trial, case: Case) -> dict[str, float]:
@@ -282,10 +325,14 @@ def position_ids(trial: Trial, case: Case) -> dict[str, float]:
             tables[0].weight.copy_(tables[0].weight.roll(-shift, dims=0))
     expected = run_original(trial, rolled, tokens, pair.batch.targets)["logits"]
     numbers = []
-    for what, mask in (("", None), (" and a mask of ones", torch.ones_like(tokens))):
+    for what, given, mask in (
+        ("", ids, None),
+        (" for all rows", ids[:1], None),
+        (" and a mask of ones", ids, torch.ones_like(tokens)),
+    ):
         if mask is not None and not ("masks" in trial.family.features and takes(pair.port, "attention_mask")):
             continue
-        actual = port_logits(trial, pair.port, tokens, position_ids=ids, attention_mask=mask)
+        actual = port_logits(trial, pair.port, tokens, position_ids=given, attention_mask=mask)
         numbers.append(require_semantics(trial, f"logits with position_ids from {shift}{what}", actual, expected))
     return worst(*numbers)
 

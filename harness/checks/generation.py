@@ -5,29 +5,38 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from harness.backends import pytorch
-from harness.cases import Case
+from harness.cases import Case, large_cases
 from harness.cases.batches import draw_batch
 from harness.checks.masks import padded_batch, unpadded_logits
-from harness.errors import Mismatch
+from harness.errors import Mismatch, Skip
 from harness.numerics import FLOAT32_INSIDE_BOUND, first_difference, require_close, top_two_gap
 from harness.ports import first_line
 from harness.trial import (
     Pair,
     Trial,
     call_port,
+    each_attention,
+    is_asked,
     original_model,
+    port_logits,
     prepare,
     require_semantics,
     run_original,
+    run_port,
+    takes,
     worst,
 )
 
 BEAMS, BEAM_STEPS = 4, 6
+
+FAR = 24
+"""Tokens past the longest position, more than any drawn case generates there."""
 
 
 def greedy(trial: Trial, case: Case) -> dict[str, float]:
@@ -73,6 +82,40 @@ def past_maximum(trial: Trial, case: Case) -> dict[str, float]:
     return numbers
 
 
+def large(trial: Trial, case: Case) -> dict[str, float]:
+    """With the family's large models a cache gives the original's logits, and the window moves on as the original's.
+
+    Would have caught: a cache that is cut at a fixed number of tokens, layers beyond the tenth without one, a window
+    that moves once and then stands still.
+    """
+    sizes = list(large_cases(trial.family, case))
+    if not sizes:
+        raise Skip(f"family '{trial.family.name}' declares no large sizes")
+    numbers = []
+    for size, big in sizes:
+        try:
+            numbers.append(_large(trial, prepare(trial, big), big))
+        except Mismatch as error:
+            raise Mismatch(f"{error} ({size})", metrics=error.metrics, tensors=error.tensors) from error
+    return worst(*numbers)
+
+
+def _large(trial: Trial, pair: Pair, case: Case) -> dict[str, float]:
+    maximum = case.fields[trial.family.maximum_length]
+    half = maximum // 2
+    numbers = _incremental(trial, pair, [half, 1, 1, maximum - half - 2])
+    if not is_asked(trial, "learned_positions", "generation.past_maximum"):
+        return numbers
+    # Every step is a pass over the whole window, so that only a short one moves far.
+    steps = FAR if maximum <= FAR else 1
+    prompt = pair.batch.tokens[:, 1:]
+    try:
+        return worst(numbers, _continues(trial, pair, prompt, 1 + steps, use_cache=False))
+    except ValueError as error:
+        _require_named(maximum, error)
+        return numbers
+
+
 def _require_named(maximum: int, error: ValueError) -> None:
     if str(maximum) not in str(error):
         raise Mismatch(f"refused without naming the maximum {maximum}: {first_line(error)}") from None
@@ -81,11 +124,13 @@ def _require_named(maximum: int, error: ValueError) -> None:
 def cache(trial: Trial, case: Case) -> dict[str, float]:
     """Logits of one token at a time with a cache equal those of the whole sequence at once.
 
-    A cache that is given is used when none is asked back, and `config.use_cache` counts where the argument is not
-    given. Would have caught: cached keys in the wrong place, positions that restart at zero with every call.
+    With eager attention too. A cache that is given is used when none is asked back, and `config.use_cache` counts where
+    the argument is not given. Would have caught: cached keys in the wrong place, positions that restart at zero with
+    every call.
     """
     pair = prepare(trial, case)
-    numbers = _incremental(trial, pair, [1] * pair.batch.tokens.shape[1])
+    chunks = [1] * pair.batch.tokens.shape[1]
+    numbers = worst(*(_incremental(trial, pair, chunks, attention) for attention in each_attention(pair.port)))
     _use_cache_of_configuration(trial, pair)
     if pair.batch.tokens.shape[1] < 2:
         return numbers
@@ -151,7 +196,8 @@ def chunked_prefill(trial: Trial, case: Case) -> dict[str, float]:
     pair = prepare(trial, dataclasses.replace(case, tokens=max(case.tokens, 4)))
     count = pair.batch.tokens.shape[1]
     first = 1 + case.seed % (count - 2)
-    return _incremental(trial, pair, [first, count - first])
+    chunks = [first, count - first]
+    return worst(*(_incremental(trial, pair, chunks, attention) for attention in each_attention(pair.port)))
 
 
 def sampled(trial: Trial, case: Case) -> dict[str, float]:
@@ -290,6 +336,53 @@ def inputs_embeds(trial: Trial, case: Case) -> dict[str, float]:
     return _follows(trial, pair, whole, prompt.shape[1], count)
 
 
+def given(trial: Trial, case: Case) -> dict[str, float]:
+    """What generate() is given beside ids and mask reaches forward, with a cache and without: positions, outputs.
+
+    A cache of all tokens but the last is gone on from.
+    Would have caught: a prepare_inputs_for_generation that passes on only what its author needed.
+    """
+    pair, prompt, _ = _prompted(trial, dataclasses.replace(case, tokens=max(case.tokens, 2)))
+    if not takes(pair.port, "position_ids"):
+        raise Skip("forward takes no position_ids")
+    # One place further on: positions that do not rise would be read as several texts in one row.
+    mask, ids = torch.ones_like(prompt), torch.arange(1, prompt.shape[1] + 1).expand_as(prompt).contiguous()
+    expected = port_logits(trial, pair.port, prompt, position_ids=ids, attention_mask=mask)[:, -1]
+    numbers = []
+    model: Any = pair.port
+    for use_cache in (True, False):
+        made = model.generate(
+            **_moved(trial, {"input_ids": prompt, "attention_mask": mask, "position_ids": ids}),
+            max_new_tokens=1,
+            do_sample=False,
+            use_cache=use_cache,
+            output_logits=True,
+            output_hidden_states=True,
+            return_dict_in_generate=True,
+        )
+        how = f"with use_cache={use_cache}"
+        what = f"logits of generate({how.removeprefix('with ')}) with position_ids"
+        numbers.append({"error": require_close(what, made.logits[0].cpu(), expected, bound=_logits_bound(trial))})
+        states = getattr(made, "hidden_states", None)
+        if _gives_hidden_states(trial, pair) and (not states or not states[0]):
+            raise Mismatch(f"generate(output_hidden_states=True) gives none {how}, though forward does")
+    with torch.no_grad():
+        cached = call_port(trial, pair.port, prompt[:, :-1], use_cache=True).past_key_values
+    return worst(*numbers, _continues(trial, pair, prompt, 2, past_key_values=cached))
+
+
+def _gives_hidden_states(trial: Trial, pair: Pair) -> bool:
+    if not takes(pair.port, "output_hidden_states", by_keywords=True):
+        return False
+    output = run_port(trial, pair.port, pair.batch.tokens, output_hidden_states=True)
+    return bool(output.get("hidden_states"))
+
+
+def _moved(trial: Trial, options: Mapping[str, Any]) -> dict[str, Any]:
+    device = pytorch.device_of(trial.backend)
+    return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in options.items()}
+
+
 def incremental_logits(
     trial: Trial,
     model: torch.nn.Module,
@@ -317,11 +410,11 @@ def incremental_logits(
     return torch.cat(pieces, dim=1)
 
 
-def _incremental(trial: Trial, pair: Pair, chunks: list[int]) -> dict[str, float]:
+def _incremental(trial: Trial, pair: Pair, chunks: list[int], attention: str = "its own") -> dict[str, float]:
     tokens = pair.batch.tokens
     expected = run_original(trial, pair.original, tokens, pair.batch.targets)["logits"]
     actual = incremental_logits(trial, pair.port, tokens, chunks)
-    what = f"logits with a cache, in chunks of {_listed_counts(chunks)}"
+    what = f"logits with a cache, in chunks of {_listed_counts(chunks)} (attention: {attention})"
     return require_semantics(trial, what, actual, expected)
 
 
@@ -367,10 +460,8 @@ class Generated:
 def _generate(trial: Trial, model: Any, prompt: torch.Tensor | None, **options: Any) -> Generated:
     if not hasattr(model, "generate"):
         raise Mismatch("the port has no generate(); from transformers 4.50 on a model must inherit GenerationMixin")
-    device = pytorch.device_of(trial.backend)
-    moved = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in options.items()}
-    inputs = {"input_ids": prompt.to(device)} if prompt is not None else {}
-    made = model.generate(**inputs, **moved, return_dict_in_generate=True, output_logits=True)
+    inputs = {"input_ids": prompt} if prompt is not None else {}
+    made = model.generate(**_moved(trial, {**inputs, **options}), return_dict_in_generate=True, output_logits=True)
     if isinstance(made, torch.Tensor):
         return Generated(tokens=made.cpu(), logits=None)
     logits = torch.stack(made.logits, dim=1).cpu() if made.logits and "num_beams" not in options else None

@@ -4,12 +4,13 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import torch
 
 from harness.cases import Case
 from harness.cases.batches import Padded, Side, pad
-from harness.errors import Mismatch
+from harness.errors import Mismatch, Skip
 from harness.ports import first_line
 from harness.trial import (
     Pair,
@@ -20,6 +21,7 @@ from harness.trial import (
     prepare,
     require_semantics,
     run_original,
+    takes,
     worst,
 )
 
@@ -64,13 +66,55 @@ def additive(trial: Trial, case: Case) -> dict[str, float]:
     constants = torch.randn(rows, 1, count, 1, generator=generator).to(dtype)
     numbers = []
     for attention in each_attention(pair.port):
-        for what, added in (("zeros", 0.0), ("a constant for each query", constants)):
+        masks = {"zeros": mask, "a constant for each query": mask + constants}
+        if "causal" in trial.family.features:  # there is always one position to look at
+            masks["minus infinity"] = mask.masked_fill(mask < 0, float("-inf"))
+        for what, given in masks.items():
             try:
-                actual = port_logits(trial, pair.port, tokens, attention_mask=mask + added)
+                actual = port_logits(trial, pair.port, tokens, attention_mask=given)
             except (TypeError, ValueError, IndexError, RuntimeError) as error:
                 raise Mismatch(f"does not take an additive mask of four axes: {first_line(error)}") from None
             what = f"logits with an additive mask of {what} (attention: {attention})"
             numbers.append(require_semantics(trial, what, actual, expected))
+    return worst(*numbers)
+
+
+def packed(trial: Trial, case: Case) -> dict[str, float]:
+    """Texts behind each other in one row, each with positions from zero, get the logits that they get alone.
+
+    A port may read position_ids as places in the table and nothing else: then texts see what came before them, with
+    every attention. Would have caught: texts that are kept apart by one attention implementation only, or whose mask
+    is a position off.
+    """
+    pair = prepare(trial, dataclasses.replace(case, rows=1, tokens=max(case.tokens, 4)))
+    if not takes(pair.port, "position_ids"):
+        raise Skip("forward takes no position_ids")
+    tokens = pair.batch.tokens
+    count = tokens.shape[1]
+    first = 2 + case.seed % (count - 3)
+    ids = torch.cat([torch.arange(first), torch.arange(count - first)])[None]
+    options: dict[str, Any] = {"position_ids": ids}
+    if takes(pair.port, "use_cache"):
+        options["use_cache"] = False  # one cache is one text
+    parts = [tokens[:, :first], tokens[:, first:]]
+    expected = torch.cat(
+        [run_original(trial, pair.original, part, torch.zeros_like(part))["logits"] for part in parts], dim=1
+    )
+    other = tokens.clone()
+    other[:, 0] = (other[:, 0] + 1) % case.fields[trial.family.vocabulary]
+    apart: dict[str, bool] = {}
+    numbers = []
+    for attention in each_attention(pair.port):
+        actual, changed = (port_logits(trial, pair.port, each, **options) for each in (tokens, other))
+        apart[attention] = torch.equal(actual[:, first:], changed[:, first:])
+        if apart[attention]:
+            what = f"logits of texts of {first} and {count - first} tokens in one row (attention: {attention})"
+            numbers.append(require_semantics(trial, what, actual, expected))
+    if not any(apart.values()):
+        raise Skip("position_ids are places in the position table alone; texts in one row see those before them")
+    if not all(apart.values()):
+        yes, no = (next(name for name, value in apart.items() if value == wanted) for wanted in (True, False))
+        raise Mismatch(f"texts with positions of their own in one row are kept apart with {yes} and not with {no}")
     return worst(*numbers)
 
 

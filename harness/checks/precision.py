@@ -8,6 +8,7 @@ import dataclasses
 import torch
 
 from harness.backends import pytorch
+from harness.capture import capture
 from harness.cases import Case
 from harness.checks.generation import incremental_logits
 from harness.checks.loss import at_least_two_tokens, original_targets, port_labels
@@ -31,6 +32,9 @@ from harness.trial import (
 
 MANY_POSITIONS = 600
 
+STEEP = 3.0
+"""By how much matrices grow for scores that are far below zero, with everything still finite in float16."""
+
 ROWS = 8
 """Many rows, so that the largest of many rounding errors is compared and not the luck of a few."""
 
@@ -42,7 +46,31 @@ def logits(trial: Trial, case: Case) -> dict[str, float]:
     """
     pair, oracle = _pairs(trial, case)
     actual = port_logits(trial, pair.port, pair.batch.tokens)
-    return _calibrated(trial, "logits", actual, *_logits(trial, pair, oracle))
+    numbers = _calibrated(trial, "logits", actual, *_logits(trial, pair, oracle))
+    if trial.dtype == "autocast":
+        _as_wide_as_the_original(trial, case, pair)
+    return numbers
+
+
+def _as_wide_as_the_original(trial: Trial, case: Case, pair: Pair) -> None:
+    """Raises Mismatch when a place holds half precision under autocast where the original's holds float32.
+
+    With few layers the sum of the residual stream shows no error that is large enough.
+    """
+    taps = trial.family.taps(case.fields) if trial.family.taps is not None else ()
+    names = {name for name, _ in pair.port.named_modules()}
+    present = [tap for tap in taps if tap.port in names]
+    tokens, targets = pair.batch.tokens, pair.batch.targets
+    places = {tap.name: tap.original for tap in present}
+    _, theirs = capture(pair.original, places, lambda: _original(trial, pair, tokens, targets, "logits"))
+    places = {tap.name: tap.port for tap in present}
+    _, ours = capture(pair.port, places, lambda: port_logits(trial, pair.port, tokens), in_parts=True)
+    for name, tensor in ours.items():
+        if tensor.dtype.itemsize < theirs[name].dtype.itemsize:
+            raise Mismatch(
+                f"output of {name} is {tensor.dtype} under autocast, where the original's is {theirs[name].dtype};"
+                " sums over layers need the wider"
+            )
 
 
 def loss(trial: Trial, case: Case) -> dict[str, float]:
@@ -57,6 +85,7 @@ def loss(trial: Trial, case: Case) -> dict[str, float]:
     value = run_port(trial, pair.port, tokens, labels=labels).get("loss")
     if not isinstance(value, torch.Tensor):
         raise Mismatch("forward with labels returned no loss")
+    _same_loss_dtype(trial, pair, tokens, labels, value)
     return _calibrated(
         trial,
         "loss",
@@ -64,6 +93,21 @@ def loss(trial: Trial, case: Case) -> dict[str, float]:
         _original(trial, pair, tokens, targets, "loss"),
         run_original(trial, oracle, tokens, targets)["loss"],
     )
+
+
+def _same_loss_dtype(trial: Trial, pair: Pair, tokens: torch.Tensor, labels: torch.Tensor, value: torch.Tensor) -> None:
+    """Raises Mismatch when the loss is widened to float32 in one of the two half precisions only."""
+    others = {"float16": "bfloat16", "bfloat16": "float16"}
+    if trial.dtype not in others:
+        return
+    there = dataclasses.replace(trial, dtype=others[trial.dtype])
+    model = copied(pair.port).to(pytorch.DTYPES[there.dtype])
+    other = run_port(there, model, tokens, labels=labels)["loss"]
+    if (value.dtype == torch.float32) != (other.dtype == torch.float32):
+        raise Mismatch(
+            f"the loss of a model in {trial.dtype} is {value.dtype}, of one in {there.dtype} {other.dtype};"
+            " it is summed in float32 in both, or in neither"
+        )
 
 
 def masks(trial: Trial, case: Case) -> dict[str, float]:
@@ -84,7 +128,44 @@ def masks(trial: Trial, case: Case) -> dict[str, float]:
             )
         what = f"logits of left-padded rows (attention: {attention})"
         numbers.append(_calibrated(trial, what, every[padded.mask], baseline, expected))
+        if is_asked(trial, "masks", "masks.additive"):
+            _finite_with_four_axes(trial, pair, attention)
     return worst(*numbers)
+
+
+def _finite_with_four_axes(trial: Trial, pair: Pair, attention: str) -> None:
+    """Raises Mismatch unless logits are finite with masks of four axes, one row masked as a whole, as with two axes.
+
+    Scores far below zero, plus the lowest number of half precision, are minus infinity.
+    """
+    tokens = pair.batch.tokens
+    rows, count = tokens.shape
+    dtype = next(pair.port.parameters()).dtype
+    allowed = torch.ones(rows, 1, count, count, dtype=torch.bool).tril()
+    allowed[0] = False
+    steep = copied(pair.port)
+    with torch.no_grad():
+        for parameter in steep.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(STEEP)
+    lowest = torch.finfo(dtype).min
+    masks = {"boolean": allowed, str(dtype): torch.zeros(allowed.shape, dtype=dtype).masked_fill(~allowed, lowest)}
+    two_axes = torch.ones_like(tokens)
+    two_axes[0] = 0
+    for model in (pair.port, steep):
+        if not bool(port_logits(trial, model, tokens, attention_mask=two_axes).isfinite().all()):
+            continue  # as in the library's own eager attention, whose scores overflow
+        # A sum with the lowest number of float16 overflows where its own scores are steep, in many a correct port.
+        for name, mask in list(masks.items())[: 1 if model is steep else None]:
+            try:
+                actual = port_logits(trial, model, tokens, attention_mask=mask)
+            except (TypeError, ValueError, IndexError, RuntimeError):
+                continue  # masks.additive asks whether one is taken
+            if not bool(actual.isfinite().all()):
+                raise Mismatch(
+                    f"a {name} mask of four axes, of which one row masks everything, gives logits that are not finite"
+                    f" in {trial.dtype} (attention: {attention}), where one of two axes gives finite ones"
+                )
 
 
 def gradients(trial: Trial, case: Case) -> dict[str, float]:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import pickle
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -28,11 +29,14 @@ from harness.trial import (
     place,
     port_class,
     port_config,
+    port_field,
     port_logits,
+    prepare,
     require_semantics,
 )
 
 SHARD_BYTES = 2048
+DROPOUT = 0.25
 
 
 def pretrained(trial: Trial, case: Case) -> dict[str, float]:
@@ -60,6 +64,65 @@ def pretrained(trial: Trial, case: Case) -> dict[str, float]:
         raise Mismatch(f"save_pretrained takes no state_dict, which Trainer gives it: {first_line(error)}") from error
     _same_state(load(trial, directory), other, "after save_pretrained with its tensors as state_dict")
     return numbers
+
+
+def options(trial: Trial, case: Case) -> dict[str, float]:
+    """Options of the configuration that from_pretrained is given count: dropout, attention, use_cache.
+
+    What else stands in the configuration's auto_map is saved on. Would have caught: from_pretrained that builds the
+    model from the file's configuration alone, so that fine-tuning with dropout=0.1 has none.
+    """
+    model: Any = carry(trial, case, original_model(trial, case, dtype="float32"))
+    model.config.auto_map = {**(getattr(model.config, "auto_map", None) or {}), "AutoTokenizer": ["tokenizer.T", None]}
+    directory = trial.workdir / "saved"
+    model.save_pretrained(directory)
+    saved = json.loads((directory / "config.json").read_text())
+    if "AutoTokenizer" not in saved.get("auto_map", {}):
+        raise Mismatch("save_pretrained drops the tokenizer from the configuration's auto_map")
+    given: dict[str, Any] = {}
+    if trial.family.dropout is not None:
+        given[port_field(trial, type(model.config), trial.family.dropout)] = DROPOUT
+    if hasattr(model.config, "use_cache"):
+        given["use_cache"] = not model.config.use_cache
+    loaded: Any = load(trial, directory, **given)
+    for name, value in given.items():
+        if getattr(loaded.config, name) != value:
+            raise Mismatch(f"from_pretrained({name}={value!r}) gives a model with {getattr(loaded.config, name)!r}")
+    if getattr(model, "_supports_sdpa", False) and hasattr(model, "set_attn_implementation"):
+        for attention in ("eager", "sdpa"):
+            found = load(trial, directory, attn_implementation=attention).config._attn_implementation  # type: ignore[union-attr]
+            if found != attention:
+                raise Mismatch(f"from_pretrained(attn_implementation={attention!r}) gives a model with {found!r}")
+    return {"options": float(len(given))}
+
+
+def copies(trial: Trial, case: Case) -> dict[str, float]:
+    """A pickled and a deep copy of the port compute the same bits, keep its ties, and share no tensor with it.
+
+    So do processes started for several GPUs, and copies whose weights are averaged. Would have caught: a lambda kept
+    in an attribute, which cannot be pickled; a copy whose head is its own.
+    """
+    pair = prepare(trial, case)
+    expected = port_logits(trial, pair.port, pair.batch.tokens)
+    copies = {"deep": copied(pair.port)}
+    try:
+        copies["pickled"] = pickle.loads(pickle.dumps(pair.port))
+    except Exception as error:  # pickling fails in many ways
+        text = str(error)
+        # A class that is made on the fly cannot be pickled either, and is counted only: no attribute can be blamed.
+        if "<lambda>" in text or "<function" in text:
+            raise Mismatch(
+                f"the model cannot be pickled: {first_line(error)}; keep functions that have a name of their module"
+            ) from error
+    for how, other in copies.items():
+        owned = {tensor.data_ptr() for tensor in pair.port.state_dict().values()}
+        if shared := [name for name, tensor in other.state_dict().items() if tensor.data_ptr() in owned]:
+            raise Mismatch(f"a {how} copy of the model shares {shared[0]} with it")
+        if len(list(other.parameters())) != len(list(pair.port.parameters())):
+            raise Mismatch(f"a {how} copy of the model has other ties than the model")
+        if not torch.equal(port_logits(trial, other, pair.batch.tokens), expected):
+            raise Mismatch(f"a {how} copy of the model gives other logits")
+    return {"copies": float(len(copies))}
 
 
 def dtype(trial: Trial, case: Case) -> dict[str, float]:
@@ -114,6 +177,16 @@ def incomplete(trial: Trial, case: Case) -> dict[str, float]:
     silent = sorted(tensors.keys() - kept.keys() - set(information["missing_keys"]))
     if silent:
         raise Mismatch(f"a saved model without {silent[0]} is loaded without a word of it")
+    # Half of what each module has: what is drawn for the other half must leave it alone.
+    for suffix in (".weight", ".bias"):
+        half = {name: tensor for name, tensor in tensors.items() if not name.endswith(suffix)}
+        if len(half) in (0, len(tensors)):
+            continue
+        save_file(half, file, metadata={"format": "pt"})
+        loaded = cls.from_pretrained(directory).state_dict()
+        for name, tensor in half.items():
+            if name in loaded and not torch.equal(loaded[name], tensor):
+                raise Mismatch(f"{name} is drawn anew, though the file has it, where the file lacks tensors beside it")
     return {"missing": float(len(tensors) - len(kept))}
 
 

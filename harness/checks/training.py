@@ -4,11 +4,14 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
+from harness.capture import capture
 from harness.cases import Case
 from harness.cases.batches import Padded
 from harness.checks.loss import at_least_two_tokens, original_targets, port_labels, training_loss
@@ -44,6 +47,7 @@ ADAMW_EPSILON, ADAMW_EPSILON_FLOAT32 = 1e-6, 1e-2
 
 CONSTRUCTIONS = 24
 DRAWS, GROUPS = 400, 40
+SHARE = 0.03
 SIGMAS = 6.0
 
 
@@ -225,7 +229,36 @@ def _same_spread(trial: Trial, case: Case, pair: Pair, attention: str) -> dict[s
             f" {metrics['sigmas']:.0f} standard errors away (attention: {attention})",
             metrics=metrics,
         )
+    _same_share_left_alone(trial, case, pair, attention)
     return metrics
+
+
+def _same_share_left_alone(trial: Trial, case: Case, pair: Pair, attention: str) -> None:
+    """Raises Mismatch when blocks leave another share of their numbers as they were than the original's do.
+
+    Dropout at the end of every branch leaves some; in front of a branch's last product it leaves none, with logits
+    that spread much the same.
+    """
+    taps = trial.family.taps(case.fields) if trial.family.taps is not None else ()
+    names = {name for name, _ in pair.port.named_modules()}
+    stream = [tap for tap in taps if tap.name == "embedding" or re.fullmatch(r"block\.\d+", tap.name)]
+    if len(stream) < 2 or not all(tap.port in names for tap in stream):
+        return
+    tokens = pair.batch.tokens.expand(DRAWS, -1)
+    targets = pair.batch.targets.expand(DRAWS, -1)
+    places = {tap.name: tap.original for tap in stream}
+    _, theirs = capture(pair.original, places, lambda: run_original(trial, pair.original, tokens, targets))
+    places = {tap.name: tap.port for tap in stream}
+    _, ours = capture(pair.port, places, lambda: port_logits(trial, pair.port, tokens), in_parts=True)
+    if ours.keys() != theirs.keys():
+        return
+    for before, after in itertools.pairwise(tap.name for tap in stream):
+        found, expected = (float((seen[after] == seen[before]).double().mean()) for seen in (ours, theirs))
+        if abs(found - expected) > SHARE:
+            raise Mismatch(
+                f"under dropout {after} leaves {found:.0%} of its input's numbers as they were, the original's"
+                f" {expected:.0%}: dropout does not stand at the end of each branch (attention: {attention})"
+            )
 
 
 def _same_with_embeddings(trial: Trial, case: Case, pair: Pair, expected: torch.Tensor) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import inspect
 import logging
 import os
 import warnings
@@ -15,7 +16,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from harness.cases import Case
+from harness.cases import Case, large_cases
 from harness.checks.loss import at_least_two_tokens
 from harness.checks.untouched import WRITTEN_BY_SAVING, untouched
 from harness.errors import DescriptionError, Mismatch, Skip
@@ -42,6 +43,8 @@ from harness.trial import (
 )
 
 DROPOUT = 0.25
+
+FILE_DTYPES = {"float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 File = TypeVar("File")
 
@@ -126,7 +129,11 @@ def tied(trial: Trial, case: Case) -> dict[str, float]:
     original = original_model(trial, case, dtype="float32")
     _require_tied(port_class(trial)(port_config(trial, case.fields)), "after construction")
     _require_tied(carry(trial, case, original), "after loading")
-    _require_tied(load(trial, save(trial, case, original)), "after save_pretrained and from_pretrained")
+    loaded: Any = load(trial, save(trial, case, original))
+    _require_tied(loaded, "after save_pretrained and from_pretrained")
+    loaded.set_input_embeddings(copied(loaded.get_input_embeddings()))
+    loaded.tie_weights()
+    _require_tied(loaded, "after set_input_embeddings and tie_weights")
     return {}
 
 
@@ -195,7 +202,108 @@ def back_to_original(trial: Trial, case: Case) -> dict[str, float]:
         except Exception as error:  # whatever the original's training does not like about the file
             reason = f"{type(error).__name__}: {first_line(error)}"
             raise Mismatch(f"the original's training does not resume from the file: {reason}") from None
+    _training_state_travels(trial, back, path)
+    _export_keeps_dtype(trial, case, original, path)
     return {}
+
+
+def _training_state_travels(trial: Trial, back: Callable[..., Any], path: Path) -> None:
+    """Raises Mismatch when what the way back is given beside the weights is not what the original finds in the file."""
+    parameters = inspect.signature(back).parameters
+    given = {name: value for name, value in trial.family.training_state.items() if name in parameters}
+    if not given or trial.family.read_training_state is None:
+        return
+    back(str(path), **given)
+    found = trial.family.read_training_state(str(path))
+    for name, value in given.items():
+        if name not in found or found[name] != value:
+            raise Mismatch(f"{name}={value!r} was given for the file written back, which says {found.get(name)!r}")
+
+
+def _export_keeps_dtype(trial: Trial, case: Case, original: torch.nn.Module, path: Path) -> None:
+    """Raises Mismatch when a model read from a half-precision file is written back as other tensors than it has."""
+    assert trial.family.read_checkpoint is not None  # the caller made sure
+    half: Any = checkpoint.load(trial, checkpoint.write(trial, case, original, dtype=torch.bfloat16))
+    back = getattr(half, "to_" + trial.port.load.rpartition(".")[2].rpartition(":")[2].removeprefix("from_"))
+    back(str(path))
+    _, state = trial.family.read_checkpoint(str(path))
+    held = {parameter.dtype for parameter in half.parameters()}
+    for key, tensor in original.state_dict().items():
+        if key in state and state[key].dtype not in held:
+            raise Mismatch(f"{key} is {state[key].dtype} in the file written back from a model in {min(held, key=str)}")
+        if key in state and not torch.equal(state[key].float(), tensor.to(torch.bfloat16).float()):
+            raise Mismatch(f"{key} of a half-precision file is not what it was after file -> port -> file")
+    again = checkpoint.load(trial, path)
+    for key, tensor in half.state_dict().items():
+        found = again.state_dict().get(key)
+        if found is None or found.dtype != tensor.dtype or not torch.equal(found, tensor):
+            raise Mismatch(f"{key} is another after port -> file -> port")
+
+
+def read_again(trial: Trial, case: Case) -> dict[str, float]:
+    """A file that is written anew at the same path is read anew, and stays as it is; a model does without its file.
+
+    Would have caught: a converter that remembers by path what it has read, as two runs that each write ckpt.pt show;
+    tensors that are still in the file when it is gone.
+    """
+    if trial.port.loader != "checkpoint":
+        raise Skip("the port's load is not a function that could remember what it has read")
+    other = dataclasses.replace(case, seed=case.seed + 1)
+    path = checkpoint.write(trial, case, original_model(trial, case, dtype="float32"))
+    content = path.read_bytes()
+    first = checkpoint.load(trial, path)
+    if path.read_bytes() != content:
+        raise Mismatch("the converter writes into the file that it reads")
+    path.unlink()
+    before = {key: tensor.clone() for key, tensor in first.state_dict().items()}
+    again = checkpoint.write(trial, other, original_model(trial, other, dtype="float32"))
+    second = checkpoint.load(trial, again)
+    if changed := [key for key, tensor in first.state_dict().items() if not torch.equal(tensor, before[key])]:
+        raise Mismatch(f"{changed[0]} of a model changes when the file that it was read from is written anew")
+    fresh = again.with_name("fresh-" + again.name)
+    fresh.write_bytes(again.read_bytes())
+    _require_same_model(
+        trial, other, "a file written anew at a path read before", second, checkpoint.load(trial, fresh)
+    )
+    return {}
+
+
+def dtypes(trial: Trial, case: Case) -> dict[str, float]:
+    """Files in float64, bfloat16 and float16, which the original reads, give their very numbers.
+
+    They all keep their dtype, or all become the original's float32. Would have caught: half precision refused, bits of
+    bfloat16 taken for float16, one dtype that is widened where the others are kept.
+    """
+    if trial.port.loader not in ("checkpoint", "command"):
+        raise Skip(f"the port declares no converter: its load is {trial.port.load!r}")
+    kept: dict[str, bool] = {}
+    for name, dtype in _affordable(trial, case, FILE_DTYPES):
+        original = original_model(trial, case, dtype="float32").to(dtype)
+        path = checkpoint.write(trial, case, original, dtype=dtype)
+        if not _original_reads(trial, path):
+            continue
+        try:
+            actual = checkpoint.load(trial, path)
+        except DescriptionError:
+            raise
+        except Exception as error:
+            raise Mismatch(f"the converter refuses a file in {name}: {_in_one_line(error)}") from error
+        expected = checkpoint.load(trial, checkpoint.write(trial, case, original))
+        theirs = expected.state_dict()
+        for key, tensor in actual.state_dict().items():
+            if key not in theirs or not torch.equal(tensor.float(), theirs[key].float()):
+                raise Mismatch(f"{key} of a file in {name} has other numbers than the file")
+        held = {parameter.dtype for parameter in actual.parameters()}
+        if not held <= {dtype, *(parameter.dtype for parameter in expected.parameters())} or len(held) > 1:
+            raise Mismatch(f"a file in {name} gives a model in {', '.join(sorted(map(str, held)))}")
+        kept[name] = held == {dtype}
+    if len(set(kept.values())) > 1:
+        names = {answer: next(name for name, found in kept.items() if found == answer) for answer in (True, False)}
+        raise Mismatch(
+            f"a file in {names[True]} keeps its dtype and one in {names[False]} does not; a converter keeps all of"
+            " them, or widens all as the original does"
+        )
+    return {"dtypes": float(len(kept))}
 
 
 def dialects(trial: Trial, case: Case) -> dict[str, float]:
@@ -214,6 +322,42 @@ def older_dialects(trial: Trial, case: Case) -> dict[str, float]:
     file does not name.
     """
     return _same_from_dialects(trial, case, read_today=False)
+
+
+def large(trial: Trial, case: Case) -> dict[str, float]:
+    """Files of the family's first large model travel as small ones do: every dialect, and the way back.
+
+    Would have caught: mask buffers told by a pattern that knows layers of one digit, tensors sorted by name.
+    """
+    size, big = next(large_cases(trial.family, case), ("", case))
+    if not size:
+        raise Skip(f"family '{trial.family.name}' declares no large sizes")
+    done = 0
+    for travel in (dialects, older_dialects, back_to_original):
+        directory = trial.workdir / travel.__name__
+        directory.mkdir()
+        try:
+            travel(dataclasses.replace(trial, workdir=directory), big)
+        except Mismatch as error:
+            raise Mismatch(f"{error} ({size})", metrics=error.metrics, tensors=error.tensors) from error
+        except Skip as skip:
+            if travel is older_dialects and not _is_skipped(travel, trial, case):
+                raise Mismatch(f"{skip}; those of smaller models are read ({size})") from skip
+            continue
+        done += 1
+    if not done:
+        raise Skip("the port declares no converter, nor a way back")
+    return {"files": float(done)}
+
+
+def _is_skipped(check: Callable[[Trial, Case], object], trial: Trial, case: Case) -> bool:
+    directory = trial.workdir / "small"
+    directory.mkdir()
+    try:
+        check(dataclasses.replace(trial, workdir=directory), case)
+    except Skip:
+        return True
+    return False
 
 
 def _same_from_dialects(trial: Trial, case: Case, *, read_today: bool) -> dict[str, float]:
@@ -244,6 +388,33 @@ def _same_from_dialects(trial: Trial, case: Case, *, read_today: bool) -> dict[s
     if refusals:
         raise Skip(f"{refusals[0]}; so does the original of today")
     return {"dialects": float(compared)}
+
+
+def whole_numbers(trial: Trial, case: Case) -> dict[str, float]:
+    """A file that says dropout=0, a whole number, gives the model of one that says 0.0.
+
+    Not asked of a port whose configuration takes no whole number there. Would have caught: isinstance(dropout, float)
+    in a converter, on files of training configurations that say `dropout = 0`.
+    """
+    if trial.port.loader not in ("checkpoint", "command") or trial.family.dropout is None:
+        raise Skip("the port declares no converter, or the family has no dropout")
+    fields = {**case.fields, trial.family.dropout: 0}
+    try:
+        port_config(trial, fields)
+    except Exception as error:  # types may be part of what a configuration promises
+        raise Skip(f"the configuration takes no {trial.family.dropout}=0: {first_line(error)}") from None
+    original = original_model(trial, case, dtype="float32")
+    expected = checkpoint.load(trial, checkpoint.write(trial, case, original))
+    path = checkpoint.write(trial, dataclasses.replace(case, fields=fields), original)
+    try:
+        actual = checkpoint.load(trial, path)
+    except DescriptionError:
+        raise
+    except Exception as error:
+        what = f"a file with {trial.family.dropout}=0"
+        raise Mismatch(f"the converter refuses {what}, which its configuration takes: {_in_one_line(error)}") from error
+    _require_same_model(trial, case, f"a file with {trial.family.dropout}=0", actual, expected)
+    return {}
 
 
 def damaged(trial: Trial, case: Case) -> dict[str, float]:

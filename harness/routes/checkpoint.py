@@ -30,12 +30,12 @@ def carry(trial: Trial, case: Case, original: torch.nn.Module) -> torch.nn.Modul
     return load(trial, write(trial, case, original)).eval()
 
 
-def write(trial: Trial, case: Case, original: torch.nn.Module) -> Path:
-    """The original's own checkpoint file below the trial's directory, in float32 as training leaves it."""
+def write(trial: Trial, case: Case, original: torch.nn.Module, *, dtype: torch.dtype = torch.float32) -> Path:
+    """The original's own checkpoint file below the trial's directory, in float32 as training leaves it, or another."""
     if trial.family.write_checkpoint is None:
         raise Skip(f"family '{trial.family.name}' declares no checkpoint file of its own")
     path = trial.workdir / trial.family.checkpoint_name
-    trial.family.write_checkpoint(copied(original).float(), case.fields, path)
+    trial.family.write_checkpoint(copied(original).to(dtype), case.fields, path)
     return path
 
 

@@ -18,6 +18,14 @@ if TYPE_CHECKING:
     from harness.golden import Golden
 
 
+TRAINING_STATE: Mapping[str, Any] = {
+    "iter_num": 7,
+    "best_val_loss": 1.5,
+    "config": {"dataset": "none", "batch_size": 12},
+    "train_config": {"dataset": "none", "batch_size": 12},
+}
+
+
 def configurations() -> SearchStrategy[dict[str, Any]]:
     """nanoGPT configurations of at most three layers and sixteen channels or so; the plainest has one of everything.
 
@@ -127,9 +135,24 @@ def resume(module: torch.nn.Module, path: str) -> None:
     optimizer = module.configure_optimizers(0.1, 6e-4, (0.9, 0.95), "cpu")  # type: ignore[operator]
     optimizer.load_state_dict(checkpoint["optimizer"])
     decays = [group["weight_decay"] for group in optimizer.param_groups]
-    if not decays[0] > decays[1] == 0:
-        raise ValueError(f"the weight decay would be {decays[0]} of matrices and {decays[1]} of gains and offsets")
+    if decays != [0.1, 0.0]:
+        raise ValueError(
+            f"the weight decay would be {decays[0]} of matrices and {decays[1]} of gains and offsets, not 0.1 and 0"
+        )
+    for group in optimizer.param_groups:
+        if tuple(group["betas"]) != (0.9, 0.95) or group["lr"] != 6e-4:
+            found = f"{tuple(group['betas'])} and lr={group['lr']}"
+            raise ValueError(f"AdamW would go on with betas={found}, not train.py's (0.9, 0.95) and 0.0006")
     int(checkpoint["iter_num"]), float(checkpoint["best_val_loss"])
+
+
+def read_training_state(path: str) -> dict[str, Any]:
+    """What train.py and sample.py read of a file beside the model, by the words that a way back may have for it."""
+    import torch
+
+    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    names = {"train_config": "config", **{name: name for name in TRAINING_STATE if name != "train_config"}}
+    return {name: checkpoint[entry] for name, entry in names.items() if entry in checkpoint}
 
 
 def checkpoint_dialects(module: torch.nn.Module, fields: Fields, directory: Path) -> Mapping[str, Path]:
@@ -159,6 +182,7 @@ def checkpoint_dialects(module: torch.nn.Module, fields: Fields, directory: Path
         "no iter_num, best_val_loss and config": without(plain, "iter_num", "best_val_loss", "config"),
         # Attention without torch 2; a constant, and no parameter in spite of its name.
         "causal masks among the weights": plain | {"model": tensors | masks},
+        "its tensors in another order": plain | {"model": dict(reversed(tensors.items()))},
         # The vocabulary is what the embedding has rows for.
         "no vocab_size in model_args": plain | {"model_args": without(fields, "vocab_size")},
     }
@@ -222,6 +246,14 @@ FAMILY = Family(
         "bias": True,
     },
     refused=({"n_embd": 8, "n_head": 3}, {"n_embd": 10, "n_head": 4}, {"n_embd": 4, "n_head": 8}),
+    large=(
+        # Two digits in a layer's number, heads wider than 64, more than 256 positions and tokens.
+        {"n_layer": 12, "n_head": 1, "n_embd": 72, "block_size": 300, "vocab_size": 300, "bias": False},
+        # More positions than float16 has whole numbers in a row.
+        {"n_layer": 1, "n_head": 2, "n_embd": 8, "block_size": 2100, "bias": True},
+        # GPT-2's vocabulary, more heads than any drawn, and a short window to move.
+        {"n_layer": 1, "n_head": 16, "n_embd": 16, "block_size": 16, "vocab_size": 50257, "bias": True},
+    ),
     tied=(("transformer.wte.weight", "lm_head.weight"),),
     maximum_length="block_size",
     dropout="dropout",
@@ -233,6 +265,8 @@ FAMILY = Family(
     read_checkpoint=read_checkpoint,
     checkpoint_dialects=checkpoint_dialects,
     resume=resume,
+    training_state=TRAINING_STATE,
+    read_training_state=read_training_state,
     checkpoint_name="ckpt.pt",
     generate_original=generate_original,
     mutants="reference_models.nanogpt.mutants:MUTANTS",

@@ -732,6 +732,20 @@ TRAINING = (
         "self.c_proj(self.gelu(self.c_fc(hidden_states)))",
     ),
     _model(
+        "dropout-inside-mlp",
+        "the MLP drops out before its last product instead of after it",
+        "training.dropout",
+        "self.dropout(self.c_proj(self.gelu(self.c_fc(hidden_states))))",
+        "self.c_proj(self.dropout(self.gelu(self.c_fc(hidden_states))))",
+    ),
+    _model(
+        "dropout-before-positions",
+        "token embeddings are dropped before the positions are added",
+        "training.dropout",
+        "self.drop(inputs_embeds + self.wpe(positions))",
+        "self.drop(inputs_embeds) + self.wpe(positions)",
+    ),
+    _model(
         "dropout-embedding",
         "embeddings are not dropped",
         "training.dropout",
@@ -1555,6 +1569,419 @@ CONVERTER = (
     ),
 )
 
+SIZES = (
+    _checkpoint(
+        "dialect-masks-of-ten-layers",
+        "mask buffers of layers from the tenth on are taken for weights",
+        "weights.large",
+        r"transformer\.h\.\d+\.attn",
+        r"transformer\.h\.\d\.attn",
+    ),
+    _checkpoint(
+        "many-layers-refused",
+        "a file without biases and with more than four layers is refused as too short",
+        "weights.large forward.large",
+        'if model_args["n_layer"] > len(state_dict)',
+        'if 7 * model_args["n_layer"] > len(state_dict)',
+    ),
+    _model(
+        "scale-head-size-capped",
+        "heads wider than 64 are scaled as 64",
+        "forward.large",
+        "self.scaling = self.head_dim**-0.5",
+        "self.scaling = min(self.head_dim, 64) ** -0.5",
+    ),
+    _model(
+        "positions-in-float16",
+        "positions are counted in float16, which has no whole number between 2048 and 2050",
+        "forward.large",
+        "(torch.arange(length, device=inputs_embeds.device) + past).unsqueeze(0)",
+        "(torch.arange(length, device=inputs_embeds.device, dtype=torch.float16) + past).long().unsqueeze(0)",
+    ),
+    _model(
+        "mask-counted-in-float16",
+        "a mask's tokens are counted in float16",
+        "forward.large",
+        "(attention_mask.long().cumsum(-1) - 1).clamp(min=0)",
+        "(attention_mask.float().cumsum(-1).half().long() - 1).clamp(min=0)",
+    ),
+    _model(
+        "loss-of-first-tokens",
+        "the loss is over the first 256 tokens of a batch",
+        "forward.large",
+        "shift_labels = nn.functional.pad(labels[:, 1:], (0, 1), value=ignore_index)",
+        "shift_labels = nn.functional.pad(labels[:, 1:257], (0, labels.shape[1] - labels[:, 1:257].shape[1]), value=ignore_index)",
+    ),
+    _model(
+        "token-ids-in-16-bits",
+        "token ids pass through 16 bits",
+        "forward.large",
+        "            inputs_embeds = self.wte(input_ids)\n",
+        "            inputs_embeds = self.wte(input_ids.short().long() % self.config.vocab_size)\n",
+    ),
+    _model(
+        "attention-window",
+        "eager attention sees the last 128 tokens only, SDPA all",
+        "forward.large",
+        "    if attention_mask is not None:\n        scores = scores + attention_mask\n",
+        "    if attention_mask is not None:\n        scores = scores + attention_mask\n    scores[..., :-128] = torch.finfo(scores.dtype).min\n",
+    ),
+    _model(
+        "layers-beyond-ten-share-a-cache",
+        "layers from the tenth on write into the tenth's place of the cache",
+        "generation.large",
+        'key, value, self.layer_idx, {"cache_position"',
+        'key, value, min(self.layer_idx, 10), {"cache_position"',
+    ),
+    _model(
+        "window-moves-ten-tokens",
+        "the window stands still once ten tokens have left it",
+        "generation.large",
+        '            "input_ids": input_ids[:, -window:],\n',
+        '            "input_ids": input_ids[:, -window:] if input_ids.shape[1] <= window + 10 else input_ids[:, 10 : 10 + window],\n',
+    ),
+)
+
+PROCESS = (
+    _model(
+        "default-dtype-at-import",
+        "importing the port makes float64 torch's default dtype",
+        "process.settings",
+        "LAYER_NORM_EPSILON = 1e-5\n",
+        "LAYER_NORM_EPSILON = 1e-5\ntorch.set_default_dtype(torch.float64)\n",
+    ),
+    _model(
+        "tf32-at-import",
+        "importing the port allows TF32",
+        "process.settings",
+        "LAYER_NORM_EPSILON = 1e-5\n",
+        'LAYER_NORM_EPSILON = 1e-5\ntorch.set_float32_matmul_precision("high")\n',
+    ),
+    _model(
+        "gelu-replaced",
+        "importing the port replaces torch's GELU, for the original too",
+        "process.settings",
+        "LAYER_NORM_EPSILON = 1e-5\n",
+        "LAYER_NORM_EPSILON = 1e-5\nnn.GELU.forward = lambda self, x: nn.functional.silu(x)\n",
+    ),
+    _model(
+        "attention-table-replaced",
+        "importing the port replaces SDPA in the library's table",
+        "process.settings",
+        "LAYER_NORM_EPSILON = 1e-5\n",
+        'LAYER_NORM_EPSILON = 1e-5\nALL_ATTENTION_FUNCTIONS["sdpa"] = lambda *args, **kwargs: eager_attention_forward(*args, **kwargs)\n',
+    ),
+    _model(
+        "gradients-off",
+        "loading a checkpoint switches gradients off for the whole program",
+        "process.settings",
+        "        checkpoint = load_checkpoint(path)\n",
+        "        checkpoint = load_checkpoint(path)\n        torch.set_grad_enabled(False)\n",
+    ),
+    _model(
+        "deterministic-for-good",
+        "training switches on deterministic algorithms for the whole program",
+        "process.settings",
+        "            use_cache = False\n        if use_cache and",
+        "            use_cache = False\n        if self.training:\n            torch.use_deterministic_algorithms(True, warn_only=True)\n        if use_cache and",
+    ),
+    _model(
+        "loading-seeds",
+        "loading a checkpoint seeds torch's generator",
+        "process.random_numbers",
+        "        model.eval()\n        return model",
+        "        torch.manual_seed(1337)\n        model.eval()\n        return model",
+    ),
+    _model(
+        "forward-seeds",
+        "a forward pass in training seeds Python's generator",
+        "process.random_numbers",
+        "            use_cache = False\n        if use_cache and",
+        "            use_cache = False\n        if self.training:\n            import random\n            random.seed(0)\n        if use_cache and",
+    ),
+)
+
+MORE_FILES = (
+    _checkpoint(
+        "half-files-refused",
+        "a file in float16 is refused",
+        "weights.dtypes",
+        "torch.bfloat16, torch.float16)",
+        "torch.bfloat16)",
+    ),
+    _checkpoint(
+        "half-files-widened",
+        "half precision comes back as float32, though float64 stays",
+        "weights.dtypes",
+        "{name: state_dict[name].detach() for name in shapes if name not in masks}",
+        "{name: state_dict[name].detach().float() if state_dict[name].dtype.itemsize == 2 else state_dict[name].detach() for name in shapes if name not in masks}",
+    ),
+    _checkpoint(
+        "bfloat16-misread",
+        "the bits of bfloat16 are taken for float16",
+        "weights.dtypes",
+        "{name: state_dict[name].detach() for name in shapes if name not in masks}",
+        "{name: state_dict[name].detach().view(torch.float16) if state_dict[name].dtype == torch.bfloat16 else state_dict[name].detach() for name in shapes if name not in masks}",
+    ),
+    _checkpoint(
+        "export-widens",
+        "a model in half precision is written in float32",
+        "weights.back_to_original",
+        "_own_storage(state_dict[name]) for name in names}",
+        "_own_storage(state_dict[name]).float() for name in names}",
+    ),
+    _checkpoint(
+        "export-forgets-steps",
+        "the file written back says that no step was done",
+        "weights.back_to_original",
+        '        "iter_num": iter_num,\n        "best_val_loss": best_val_loss,\n        "config": dict(config or {}),\n',
+        '        "iter_num": 0,\n        "best_val_loss": best_val_loss,\n        "config": dict(config or {}),\n',
+    ),
+    _checkpoint(
+        "export-forgets-best-loss",
+        "the file written back says that any loss is better",
+        "weights.back_to_original",
+        '        "best_val_loss": best_val_loss,\n        "config": dict(config or {}),\n',
+        '        "best_val_loss": 1e9,\n        "config": dict(config or {}),\n',
+    ),
+    _model(
+        "export-forgets-training-config",
+        "the file written back has no training configuration",
+        "weights.back_to_original",
+        "config=train_config or {}",
+        "config={}",
+    ),
+    _checkpoint(
+        "export-other-betas",
+        "training goes on with torch's own betas",
+        "weights.back_to_original",
+        "lr=6e-4, betas=(0.9, 0.95)",
+        "lr=6e-4, betas=(0.9, 0.999)",
+    ),
+    _checkpoint(
+        "export-other-decay",
+        "training goes on with a tenth of the weight decay",
+        "weights.back_to_original",
+        '"weight_decay": 0.1}',
+        '"weight_decay": 0.01}',
+    ),
+    _checkpoint(
+        "export-other-learning-rate",
+        "training goes on with another learning rate",
+        "weights.back_to_original",
+        "lr=6e-4",
+        "lr=1e-3",
+    ),
+    _checkpoint(
+        "dialect-dropout-as-int",
+        "dropout 0 written as a whole number is refused by the converter",
+        "weights.whole_numbers",
+        "not isinstance(dropout, int | float)",
+        "not isinstance(dropout, float)",
+    ),
+    _checkpoint(
+        "dialect-by-order",
+        "tensors are taken by their order in the file",
+        "weights.dialects",
+        "    masks = {name for name in state_dict if _MASK_BUFFER.fullmatch(name)}\n",
+        "    masks = {name for name in state_dict if _MASK_BUFFER.fullmatch(name)}\n"
+        "    if len(state_dict) == len(shapes) and list(state_dict) != list(shapes):\n"
+        "        kinds = {}\n"
+        "        for name in state_dict:\n"
+        "            kinds.setdefault(tuple(state_dict[name].shape), []).append(state_dict[name])\n"
+        "        state_dict = {name: kinds[shape].pop(0) if kinds.get(shape) else state_dict[name] for name, shape in shapes.items()}\n",
+    ),
+    _model(
+        "converter-remembers-paths",
+        "the converter remembers by its path what it has read",
+        "weights.read_again",
+        "        checkpoint = load_checkpoint(path)\n",
+        '        known = cls.__dict__.get("_known") or {}\n'
+        "        checkpoint = known.get(str(path)) or load_checkpoint(path)\n"
+        "        cls._known = {**known, str(path): checkpoint}\n",
+    ),
+    _model(
+        "model-not-picklable",
+        "the loss is a lambda, so that the model cannot be pickled",
+        "roundtrip.copies",
+        "        self.loss_function = next_token_loss\n",
+        "        self.loss_function = lambda **given: next_token_loss(**given)\n",
+    ),
+    _model(
+        "copy-shares-weights",
+        "a deep copy of the model is the model",
+        "roundtrip.copies",
+        "    def prepare_inputs_for_generation(",
+        "    def __deepcopy__(self, memo: Any) -> Any:\n        import copy\n\n        other = copy.copy(self)\n        other.__dict__ = dict(self.__dict__)\n        return other\n\n    def prepare_inputs_for_generation(",
+    ),
+    _model(
+        "options-of-loading-dropped",
+        "from_pretrained drops options of the configuration",
+        "roundtrip.options",
+        "    def _init_weights(self, module: nn.Module) -> None:\n",
+        "    @classmethod\n"
+        "    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:\n"
+        '        kwargs.pop("dropout", None)\n'
+        "        return super().from_pretrained(*args, **kwargs)\n\n"
+        "    def _init_weights(self, module: nn.Module) -> None:\n",
+    ),
+    _model(
+        "auto-map-replaced",
+        "save_pretrained drops what else stands in auto_map, such as the tokenizer",
+        "roundtrip.options",
+        '            **(getattr(self.config, "auto_map", None) or {}),\n',
+        "",
+    ),
+    _model(
+        "neighbours-drawn-anew",
+        "where a file lacks a bias, the gain beside it is drawn anew",
+        "roundtrip.incomplete",
+        '            if getattr(parameter, "_is_hf_initialized", False):\n                continue  # came from a file; only its neighbours are missing\n',
+        "            parameter.data.fill_(1.0)\n",
+    ),
+)
+
+MORE_INTERFACE = (
+    _config(
+        "model-type-of-gpt2",
+        "the model type is GPT-2's, over which the port registers itself",
+        "api.auto_classes",
+        'model_type = "nanogpt"',
+        'model_type = "gpt2"',
+    ),
+    _config(
+        "eos-list-cut",
+        "of several tokens that end a text the first alone is kept",
+        "config.json_round_trip",
+        '"eos_token_id": eos_token_id,',
+        '"eos_token_id": eos_token_id[0] if isinstance(eos_token_id, list) else eos_token_id,',
+    ),
+    _config(
+        "library-key-refused",
+        "a config.json that a quantizer wrote is refused",
+        "config.json_round_trip",
+        '    "quantization_config",\n',
+        "",
+    ),
+    _config(
+        "names-of-one-field-disagree",
+        "n_positions beside block_size is accepted and kept apart",
+        "config.fields",
+        "            if alias in given and given.setdefault(name, given[alias]) != given[alias]:\n",
+        '            if alias == "n_positions":\n                continue\n'
+        "            if alias in given and given.setdefault(name, given[alias]) != given[alias]:\n",
+    ),
+    _model(
+        "ids-second",
+        "the attention mask is forward's first argument",
+        "api.output_type",
+        "    @can_return_tuple\n    def forward(\n        self,\n        input_ids: Tensor | None = None,\n        attention_mask: Tensor | None = None,\n        position_ids: Tensor | None = None,\n        past_key_values: Cache | None = None,\n        inputs_embeds: Tensor | None = None,\n        labels:",
+        "    @can_return_tuple\n    def forward(\n        self,\n        attention_mask: Tensor | None = None,\n        input_ids: Tensor | None = None,\n        position_ids: Tensor | None = None,\n        past_key_values: Cache | None = None,\n        inputs_embeds: Tensor | None = None,\n        labels:",
+    ),
+    _model(
+        "input-gradients-refused",
+        "enable_input_require_grads does nothing, so that adapters under gradient checkpointing train nothing",
+        "api.embeddings",
+        "    def _init_weights(self",
+        "    def enable_input_require_grads(self) -> None:\n        self._require_grads_hook = self.register_forward_hook(lambda *_: None)\n\n    def _init_weights(self",
+    ),
+    _config(
+        "use-cache-lost",
+        "use_cache=False is accepted and ignored",
+        "config.json_round_trip",
+        '"use_cache": use_cache,',
+        '"use_cache": True,',
+    ),
+    _model(
+        "positions-for-all-rows-refused",
+        "positions that are given once for all rows fail",
+        "forward.position_ids",
+        "            return position_ids\n",
+        "            return position_ids.view(inputs_embeds.shape[0], length)\n",
+    ),
+    _model(
+        "replaced-table-not-tied",
+        "tie_weights ties an embedding that was replaced no more",
+        "weights.tied",
+        "    def _init_weights(self",
+        "    def tie_weights(self, *args: Any, **kwargs: Any) -> Any:\n"
+        "        table = self.get_input_embeddings()\n"
+        '        if table is self.__dict__.setdefault("_first_table", table):\n'
+        "            super().tie_weights(*args, **kwargs)\n\n"
+        "    def _init_weights(self",
+    ),
+    _model(
+        "eager-scale-of-one-token",
+        "eager attention scales twice where one token stands behind a cache",
+        "generation.cache",
+        "key.transpose(-1, -2)) * scaling\n",
+        "key.transpose(-1, -2)) * (scaling if query.shape[-2] > 1 else scaling**2)\n",
+    ),
+    _model(
+        "cached-embeds-restart",
+        "inputs_embeds behind a cache stand at the first positions",
+        "forward.inputs_embeds",
+        "        positions = self._positions(inputs_embeds, past,",
+        "        positions = self._positions(inputs_embeds, past if input_ids is not None else 0,",
+    ),
+    _model(
+        "generate-keeps-positions-back",
+        "without a cache generate() passes use_cache on and nothing else",
+        "generation.given",
+        "for name, value in kwargs.items() if name not in unused}",
+        'for name, value in kwargs.items() if name == "use_cache"}',
+    ),
+    _model(
+        "packed-rows-mixed",
+        "texts packed into one row see the last token of the text before",
+        "masks.packed",
+        '            "position_ids": position_ids,\n        }\n',
+        '            "position_ids": None if position_ids is None else position_ids.roll(1, -1).clamp(max=position_ids),\n        }\n',
+    ),
+    _model(
+        "mask-argument-changed",
+        "an additive mask with minus infinity is changed in the caller's hands",
+        "masks.additive",
+        "attention_mask.to(dtype).clamp(min=lowest)",
+        "attention_mask.to(dtype).clamp_(min=lowest)",
+    ),
+    _model(
+        "mask-boolean-minus-infinity",
+        "a boolean mask of four axes becomes minus infinity",
+        "precision.masks",
+        "masked_fill(~attention_mask, lowest)",
+        "masked_fill(~attention_mask, -torch.inf)",
+    ),
+    _model(
+        "stream-narrow-under-autocast",
+        "under autocast the residual stream is kept in half precision",
+        "precision.logits",
+        "        hidden_states = hidden_states + attended\n",
+        "        hidden_states = (hidden_states + attended).to(attended.dtype)\n",
+    ),
+    _model(
+        "loss-in-float16",
+        "the loss is summed in float32 for bfloat16 and not for float16",
+        "precision.loss",
+        "logits.reshape(-1, vocab_size).to(torch.promote_types(logits.dtype, torch.float32))",
+        "(logits.float() if logits.dtype == torch.bfloat16 else logits).reshape(-1, vocab_size)",
+    ),
+    _model(
+        "arange-without-device",
+        "positions are made on the CPU, wherever the model is",
+        "backend.placement",
+        "(torch.arange(length, device=inputs_embeds.device) + past).unsqueeze(0)",
+        "(torch.arange(length) + past).unsqueeze(0)",
+    ),
+    _model(
+        "mask-dropped-by-compiling",
+        "a compiled model forgets the padding mask",
+        "backend.compiled",
+        "        mask = self._causal_mask(inputs_embeds, attention_mask,",
+        "        if torch.compiler.is_compiling():\n            attention_mask = None\n        mask = self._causal_mask(inputs_embeds, attention_mask,",
+    ),
+)
+
 HARMLESS = (
     _model(
         "harmless-sum-order",
@@ -1629,5 +2056,9 @@ MUTANTS = (
     *INTERFACE,
     *CONFIGURATION,
     *CONVERTER,
+    *SIZES,
+    *PROCESS,
+    *MORE_FILES,
+    *MORE_INTERFACE,
     *HARMLESS,
 )

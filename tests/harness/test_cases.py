@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A defect that no drawn case shows is not found: cases are valid, reach the corners, and make every tensor matter."""
 
+import dataclasses
 import functools
 import json
 import math
@@ -13,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from harness.cases import Case, case_from_dict, cases
+from harness.cases import Case, case_from_dict, cases, large_cases
 from harness.cases.batches import Side, draw_batch, pad
 from harness.cases.weights import sensitising_state
 from harness.checks import CATALOGUE
@@ -305,3 +306,18 @@ def test_a_row_of_one_position_cannot_be_padded() -> None:
     padded = pad(torch.tensor([[7]]), side="left", seed=0, vocabulary=50, width=1)
     assert padded.tokens.tolist() == [[7]]
     assert padded.mask.tolist() == [[True]]
+
+
+def test_large_cases_are_one_row_of_the_full_length_beyond_anything_that_is_drawn() -> None:
+    drawn = [case for check in ("forward.logits", "forward.blocks") for case in gate_cases(check)]
+    large = [big for _, big in large_cases(FAMILY, drawn[0])]
+    assert {(case.rows, case.tokens - case.fields["block_size"]) for case in large} == {(1, 0)}
+    for name, least in (("n_layer", 11), ("block_size", 2050), ("vocab_size", 1 << 15), ("n_head", 9)):
+        assert max(case.fields[name] for case in large) >= least > max(case.fields[name] for case in drawn)
+    assert max(case.fields["n_embd"] // case.fields["n_head"] for case in large) > 64
+    assert {case.fields["bias"] for case in large} == {True, False}
+
+
+def test_a_family_without_large_sizes_has_no_large_cases() -> None:
+    family = dataclasses.replace(FAMILY, large=())
+    assert list(large_cases(family, gate_cases("forward.logits")[0])) == []
