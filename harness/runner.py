@@ -371,12 +371,13 @@ def _failed(
     if isinstance(error, DescriptionError):
         raise error
     status, reason = ("failed", str(error)) if isinstance(error, Mismatch) else explain(error)
-    divergence = getattr(error, "first_divergence", None) or localise.first_divergence(trial, case)
+    found = localise.locate(trial, case, item.check, seconds=min(localise.SECONDS, options.shrink_seconds))
+    divergence = found.module if found else getattr(error, "first_divergence", None)
     result = _result(
         item,
         started,
         status=status,
-        reason=reason,
+        reason=f"{reason}; {found.sentence}" if found else reason,
         config=case.as_dict(),
         metrics=getattr(error, "metrics", {}),
         first_divergence=divergence,

@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where a difference begins, and why: what a red gate tells its author to look at."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+
+import torch
+
+from harness.backends import NO_FLOAT64
+from harness.capture import capture
+from harness.cases import Case
+from harness.checks import Check
+from harness.localise.finding import Divergence, Search
+from harness.numerics import SEMANTICS_BOUND
+from harness.routes import main_route
+from harness.trial import Pair, Trial, port_logits, prepare, run_original
+
+__all__ = ["Compared", "Divergence", "compare_taps", "locate"]
+
+SECONDS = 3.0
+"""How long one failure may be looked into."""
+
+ROOMY_ROWS, ROOMY_TOKENS = 2, 6
+"""A batch of which a relation cannot hold by chance."""
+
+Compared = list[tuple[str, torch.Tensor, torch.Tensor]]
+
+
+def compare_taps(trial: Trial, case: Case, pair: Pair) -> Compared:
+    """(tap, port's output, original's output) at every tap both models have, in the order data passes them."""
+    taps = trial.family.taps(case.fields) if trial.family.taps is not None else []
+    names = {name for name, _ in pair.port.named_modules()}
+    present = [tap for tap in taps if tap.port in names]
+    tokens, targets = pair.batch.tokens, pair.batch.targets
+    places = {tap.name: tap.original for tap in present}
+    _, theirs = capture(pair.original, places, lambda: run_original(trial, pair.original, tokens, targets))
+    places = {tap.name: tap.port for tap in present}
+    _, ours = capture(pair.port, places, lambda: port_logits(trial, pair.port, tokens), in_parts=True)
+    return [(tap.name, ours[tap.name].cpu(), theirs[tap.name].cpu()) for tap in present if tap.name in ours]
+
+
+def locate(trial: Trial, case: Case, check: Check, *, seconds: float = SECONDS) -> Divergence | None:
+    """The place a failure comes from, with a sentence about it; None where nothing fits.
+
+    The weights are looked at first, then the modules, then the mask or the cache where the check is about them; all in
+    float64, on the port's own route, in this process. What is said was seen to hold. After `seconds` nothing more is
+    tried, so that 0 gives the first module that differs, and no cause. Never raises.
+    """
+    backend = "torch-cpu" if trial.backend in NO_FLOAT64 else trial.backend
+    here = dataclasses.replace(trial, route=main_route(trial.port), backend=backend, dtype="float64")
+    until = time.monotonic() + seconds
+    for roomy in dict.fromkeys((True, False)):
+        found = _contained(lambda roomy=roomy: _look(here, _roomy(here, case) if roomy else case, check, until))  # type: ignore[misc]
+        if found is not None:
+            return found
+    return None
+
+
+def _roomy(trial: Trial, case: Case) -> Case:
+    """The same weights with a batch that leaves less to chance."""
+    longest = case.fields.get(trial.family.maximum_length, case.tokens)
+    tokens = max(case.tokens, min(longest, ROOMY_TOKENS))
+    return dataclasses.replace(case, rows=max(case.rows, ROOMY_ROWS), tokens=tokens)
+
+
+def _look(trial: Trial, case: Case, check: Check, until: float) -> Divergence | None:
+    from harness.localise import forward
+    from harness.localise.alignment import compare
+
+    pair = prepare(trial, case)
+    search = Search(trial=trial, case=case, pair=pair, check=check.id, until=until, bound=SEMANTICS_BOUND)
+    comparison = compare(trial, pair, case.fields, pair.batch.tokens)
+    return _contained(lambda: forward.find(search, comparison))
+
+
+def _contained(look: Callable[[], Divergence | None]) -> Divergence | None:
+    try:
+        return look()
+    except KeyboardInterrupt:
+        raise
+    except BaseException:  # the failure is reported already; where it begins is a courtesy
+        return None

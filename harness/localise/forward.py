@@ -1,0 +1,381 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The first module whose inputs agree and whose output does not, and the simple mistake that makes it so."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import torch
+
+from harness.capture import Call, watch
+from harness.localise import operations, tensors
+from harness.localise.alignment import Comparison, Spot, compare
+from harness.localise.finding import Divergence, Search, distance, explains, while_there_is_time
+from harness.localise.relations import factor_between, number, relation_of_outputs
+from harness.narrowing import WORTH_A_LOOK, narrows
+from harness.numerics import FLOAT32_INSIDE_BOUND
+from harness.trial import port_logits, run_original
+
+NOTHING_LOST = 1e-6
+"""How far a factor of a sum may be from a whole number and still be called that."""
+
+
+def find(search: Search, comparison: Comparison) -> Divergence | None:
+    """The first place that differs, with a sentence about it; None when all agree."""
+    search = judged(search, comparison)
+    spot = first_difference(search, comparison)
+    if spot is None:
+        return None
+    said = next(while_there_is_time(_explanations(search, comparison, spot), search.until), None)
+    errors = f"out {spot.error_out:.1e}"
+    if spot.error_in is not None:
+        errors = f"in {spot.error_in:.1e}, {errors}"
+    sentence = f"{spot.name} diverges ({errors})" + (f": {said}" if said else "")
+    return Divergence(module=spot.name, sentence=sentence, error_in=spot.error_in, error_out=spot.error_out)
+
+
+def first_difference(search: Search, comparison: Comparison) -> Spot | None:
+    """The first spot whose output differs by more than the bound."""
+    return next((spot for spot in comparison.spots if not spot.error_out <= search.bound), None)
+
+
+def judged(search: Search, comparison: Comparison) -> Search:
+    """The search with the bound of a port that computes a part in float32, where the first difference is so small."""
+    spot = first_difference(search, comparison)
+    if spot is None or spot.error_out > WORTH_A_LOOK or not narrows(search.trial, search.case):
+        return search
+    return dataclasses.replace(search, bound=FLOAT32_INSIDE_BOUND)
+
+
+def _explanations(search: Search, comparison: Comparison, spot: Spot) -> Iterator[str]:
+    """Sentences that are true, the most telling first; each was seen to give what the port gives."""
+    if _changes_from_call_to_call(search, comparison):
+        yield "it gives something else at every call, as with dropout that is active in evaluation"
+        return
+    inner = _inner(comparison, spot)
+    agreed = spot.error_in is not None and spot.error_in <= search.bound
+    if spot.name == "logits":
+        yield from _of_logits(search, comparison, spot)
+    elif agreed and not inner:
+        yield from _of_module(search, comparison, spot)
+    elif agreed:
+        yield from _of_sum(search, comparison, spot, *spot.output, "its output")
+        yield from _of_module(search, comparison, spot)
+    elif spot.given is not None:
+        yield from _of_sum(search, comparison, spot, *spot.given, "what it is given")
+        yield from _of_order(search, comparison, spot)
+    else:
+        yield from _of_sum(search, comparison, spot, *spot.output, "its output")
+    if not agreed:
+        yield from _of_embeddings(search, spot)
+
+
+def _changes_from_call_to_call(search: Search, comparison: Comparison) -> bool:
+    tokens = comparison_tokens(search)
+    first, second = (port_logits(search.trial, search.pair.port, tokens) for _ in range(2))
+    return distance(first, second) > search.bound
+
+
+def comparison_tokens(search: Search) -> torch.Tensor:
+    """The token ids both models run on."""
+    return search.pair.batch.tokens
+
+
+def _inner(comparison: Comparison, spot: Spot) -> list[Spot]:
+    """The spots inside a spot's module."""
+    if spot.original is None:
+        return []
+    prefix = spot.original.path + "."
+    return [other for other in comparison.spots if other.original is not None and other.original.path.startswith(prefix)]
+
+
+# --- a module whose input agrees ---
+
+
+def _of_module(search: Search, comparison: Comparison, spot: Spot) -> Iterator[str]:
+    call = spot.original
+    if call is None:
+        return
+    actual, expected = spot.output
+    module = search.pair.original.get_submodule(call.path)
+    given = spot.given[0] if spot.given is not None else None
+    vectors = {f"{call.path}.{name}": tensor.detach() for name, tensor in module.named_parameters() if tensor.ndim == 1}
+    fits = functools.partial(explains, actual=actual, error=spot.error_out, bound=search.bound)
+    words = relation_of_outputs(actual, expected, given, error=spot.error_out, bound=search.bound, vectors=vectors)
+    if words is not None and actual.shape != expected.shape:
+        yield f"its output {words}"
+        return
+
+    def run(rule: operations.Rule | None = None, **changed: torch.Tensor) -> torch.Tensor | None:
+        return _run(module, call, rule=rule, changed=changed)
+
+    for said in _what_ifs(search, module, run, fits, actual, expected):
+        # Of two true sentences the plainer one: a missing bias rather than a vector.
+        yield said
+    if words is not None:
+        yield f"its output {words}"
+
+
+def _run(
+    module: torch.nn.Module, call: Call, *, rule: operations.Rule | None, changed: Mapping[str, torch.Tensor]
+) -> torch.Tensor | None:
+    """A module's output on what it was given, with an operation or parameters changed; None where that fails."""
+    with torch.no_grad(), operations.Rewritten(rule) if rule is not None else contextlib.nullcontext():
+        try:
+            output = torch.func.functional_call(module, dict(changed), call.args, call.kwargs)
+        except (RuntimeError, TypeError, ValueError, IndexError):
+            return None
+    output = output[0] if isinstance(output, tuple) else output
+    return output.cpu() if isinstance(output, torch.Tensor) else None
+
+
+Run = Callable[..., torch.Tensor | None]
+
+
+def _what_ifs(
+    search: Search,
+    module: torch.nn.Module,
+    run: Run,
+    fits: Callable[[torch.Tensor | None], bool],
+    actual: torch.Tensor,
+    expected: torch.Tensor,
+) -> Iterator[str]:
+    used = operations.used_by(run)
+    attends = bool(used.names & {"softmax", "scaled_dot_product_attention"})
+    if attends:
+        for words, by in (("every position sees all others, later ones too", None), ("every position sees one more", 1)):
+            if fits(run(operations.causality_shifted(by))):
+                yield f"{words}: the causal mask is {'missing' if by is None else 'shifted by one'}"
+        if fits(run(operations.causality_shifted(-1))):
+            yield "no position sees itself: the causal mask is shifted by one"
+    if used.names & {"gelu", "relu", "silu", "tanh"}:
+        for words, function in operations.ACTIVATIONS.items():
+            if fits(run(operations.activation_replaced(function))):
+                yield f"its activation is {words}"
+    if "layer_norm" in used.names:
+        for words, compute in operations.NORMS.items():
+            if fits(run(operations.norm_rewritten(compute))):
+                yield words
+    if used.names & {"var", "std"} and fits(run(operations.statistics_other_way())):
+        yield "its variance has the other divisor, n - 1 for n or n for n - 1"
+    for words, changed in while_there_is_time(
+        tensors.edits(module, others=_parameters(search.pair.original)), search.until
+    ):
+        if fits(run(None, **changed)):
+            yield f"as if {words}"
+    if attends:
+        factor = _solve(run, operations.scores_scaled, fits, actual, _scales(used.head_size, expected.shape[-1]))
+        if factor is not None:
+            yield f"its scores are {number(factor)}x the original's before the softmax" + _named_scale(
+                factor, used.head_size, expected.shape[-1]
+            )
+    if used.epsilon is not None:
+        epsilon = _solve(run, operations.epsilon_replaced, fits, actual, operations.EPSILONS)
+        if epsilon is not None:
+            yield f"its epsilon is {epsilon:.3g}, the original's is {used.epsilon:.3g}"
+
+
+def _parameters(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
+def _solve(
+    run: Run,
+    rule: Callable[[float], operations.Rule],
+    fits: Callable[[torch.Tensor | None], bool],
+    actual: torch.Tensor,
+    starts: Sequence[float],
+) -> float | None:
+    def with_value(value: float) -> torch.Tensor | None:
+        return run(rule(value))
+
+    return next((value for value in operations.solved(with_value, actual, starts=starts) if fits(with_value(value))), None)
+
+
+def _scales(head_size: int | None, width: int) -> list[float]:
+    sizes = [size for size in (head_size, width) if size]
+    named = [value for size in sizes for value in (size**0.5, size**-0.5, size, 1 / size)]
+    return list(dict.fromkeys(float(f"{value:.15g}") for value in (*named, 2.0, 0.5, *(2 ** (i / 2) for i in range(-12, 13)))))
+
+
+def _named_scale(factor: float, head_size: int | None, width: int) -> str:
+    """What a factor is in terms of the sizes, for the end of a sentence."""
+    if head_size is None or math.isclose(factor, 1.0):
+        return ""
+    names = {
+        f"the root of the head size {head_size}": head_size**0.5,
+        f"one over the root of the head size {head_size}": head_size**-0.5,
+        f"the head size {head_size}": float(head_size),
+        f"one over the head size {head_size}": 1 / head_size,
+        f"the root of the head size {head_size} over that of the width {width}": (head_size / width) ** 0.5,
+        f"the root of the head size {head_size} over the width {width}": head_size**0.5 / width,
+    }
+    return next((f", which is {name}" for name, value in names.items() if math.isclose(factor, value, rel_tol=1e-6)), "")
+
+
+# --- a place that is given something else, or whose parts agree ---
+
+
+def _of_sum(
+    search: Search, comparison: Comparison, spot: Spot, actual: torch.Tensor, expected: torch.Tensor, subject: str
+) -> Iterator[str]:
+    """Sums of what passed in the original before this place: something is missing, doubled, scaled, or instead."""
+    error = distance(actual, expected)
+    parts = _passed(comparison, spot, expected)
+    fits = functools.partial(explains, actual=actual, error=error, bound=search.bound)
+    for name, part in parts.items():
+        if fits(expected - part):
+            yield f"{subject} lacks {name}"
+    for name, part in parts.items():
+        if fits(expected + part):
+            yield f"{subject} has {name} once too often"
+    for name, part in parts.items():
+        if fits(part):
+            yield f"{subject} is {name}"
+    for name, part in parts.items():
+        factor = factor_between(actual - expected, part)
+        if factor is not None and fits(expected + part * factor):
+            # The original's own share of this part, which is what the port's is measured by.
+            whole = _share(expected, part, parts)
+            if whole is not None and abs(whole) > NOTHING_LOST:
+                yield f"{subject} has {number((whole + factor) / whole)}x {name}{_of_width(whole + factor, expected.shape[-1])}"
+            else:
+                yield f"{subject} has {number(factor)}x {name} added"
+    words = relation_of_outputs(actual, expected, error=error, bound=search.bound)
+    if words is not None:
+        yield f"{subject} {words}"
+
+
+def _of_width(factor: float, width: int) -> str:
+    return ", the root of the width" if math.isclose(factor, width**0.5, rel_tol=1e-9) else ""
+
+
+def _share(expected: torch.Tensor, part: torch.Tensor, parts: Mapping[str, torch.Tensor]) -> float | None:
+    """1 where the original's tensor is this part plus another, or the part itself; None where it cannot be told."""
+    rest = expected - part
+    if not bool((rest != 0).any()) or any(distance(other, rest) <= 1e-12 for other in parts.values()):
+        return 1.0
+    return None
+
+
+def _passed(comparison: Comparison, spot: Spot, like: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What modules of the original were given and gave before a place was done, of its shape, by name."""
+    names = {other.original.path: other.name for other in comparison.spots if other.original is not None}
+    found: dict[str, torch.Tensor] = {}
+    for call in comparison.original:
+        if spot.original is not None and call is spot.original:
+            if not _inner(comparison, spot):
+                break
+        name = names.get(call.path, call.path)
+        given = [("the input of", tensor) for tensor in call.inputs[:1]]
+        own = spot.original is not None and call.path == spot.original.path
+        gave = [("the output of", call.output)] if call.output is not None and not own else []
+        for words, tensor in (*given, *gave):
+            if tensor.ndim < 2 or tensor.shape[-1] != like.shape[-1] or tensor.ndim > like.ndim:
+                continue
+            try:
+                wide = tensor.cpu().expand(like.shape)
+            except RuntimeError:
+                continue
+            if not any(torch.equal(wide, seen) for seen in found.values()):
+                found[f"{words} {name}"] = wide
+    return found
+
+
+def _of_order(search: Search, comparison: Comparison, spot: Spot) -> Iterator[str]:
+    """Modules that the port skips, exchanges or runs in another order, tried in the original."""
+    original = search.pair.original
+    taps = {other.name: other.original for other in comparison.spots if other.original is not None}
+    before = [name for name in taps if name != spot.name]
+    whole = {call.path: call for call in reversed(comparison.original)}
+    assert search.trial.family.taps is not None
+    paths = {tap.name: tap.original for tap in search.trial.family.taps(search.case.fields) if tap.original in whole}
+    actual = spot.given[0] if spot.given is not None else spot.output[0]
+    error = spot.error_in if spot.given is not None and spot.error_in is not None else spot.error_out
+    for name in (*comparison.silent, *before):
+        if name not in paths or not whole[paths[name]].inputs:
+            continue
+        module = original.get_submodule(paths[name])
+        size = sum(parameter.numel() for parameter in module.parameters())
+        stand_ins: dict[str, Callable[..., object]] = {f"{name} is skipped": lambda x, *_: x}
+        for other in paths:
+            rival = original.get_submodule(paths[other])
+            same = size and size == sum(parameter.numel() for parameter in rival.parameters())
+            if other != name and same:
+                stand_ins[f"{other} runs in the place of {name}"] = rival.forward
+        for words, stand_in in while_there_is_time(stand_ins.items(), search.until):
+            with operations.module_replaced(module, stand_in):
+                given, _ = _at(search, spot)
+            if explains(given, actual, error=error, bound=search.bound):
+                yield words
+    order_in_port = [call.path for call in comparison.port]
+    known = [(other.name, other.port.path) for other in comparison.spots if other.port is not None]
+    for (earlier, path), (later, after) in zip(known, known[1:], strict=False):
+        nested = path.startswith(after + ".")
+        if not nested and order_in_port.index(after) < order_in_port.index(path):
+            yield f"the port runs {later} before {earlier}"
+
+
+def _at(search: Search, spot: Spot) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """What the original gives a place, and what the place returns, in a run of the whole original."""
+    tokens = comparison_tokens(search)
+    original = search.pair.original
+    logits, calls = watch(
+        original, lambda: run_original(search.trial, original, tokens, torch.zeros_like(tokens))["logits"]
+    )
+    if spot.original is None:
+        return None, logits
+    call = next((call for call in calls if call.path == spot.original.path), None)
+    if call is None or call.output is None:
+        return None, None
+    return (call.inputs[0].cpu() if call.inputs else None), call.output.cpu()
+
+
+def _of_embeddings(search: Search, spot: Spot) -> Iterator[str]:
+    tokens = comparison_tokens(search)
+    original = search.pair.original
+    used = operations.used_by(lambda: run_original(search.trial, original, tokens, torch.zeros_like(tokens)))
+    names = {id(parameter): name for name, parameter in original.named_parameters()}
+    for place, table in enumerate(used.embeddings):
+        for words, change in while_there_is_time(operations.EMBEDDINGS.items(), search.until):
+            with operations.Rewritten(operations.embedding_rewritten(place, change)):
+                given, gave = _at(search, spot)
+            here = spot.given is not None and explains(
+                given, spot.given[0], error=spot.error_in or 0.0, bound=search.bound
+            )
+            if here or explains(gave, spot.output[0], error=spot.error_out, bound=search.bound):
+                yield f"{names.get(id(table), 'an embedding')} {words}"
+
+
+def _of_logits(search: Search, comparison: Comparison, spot: Spot) -> Iterator[str]:
+    words = relation_of_outputs(*spot.output, error=spot.error_out, bound=search.bound)
+    if words is not None:
+        yield words.replace("is ", "they are ", 1) if words.startswith("is ") else f"its output {words}"
+    if len(comparison.spots) > 1:
+        return
+    # No module of the port could be paired: the same what-ifs with the whole original.
+    original = search.pair.original
+    tokens = comparison_tokens(search)
+    call = Call(path="", args=(tokens, torch.zeros_like(tokens)), kwargs={}, inputs=[])
+    fits = functools.partial(explains, actual=spot.output[0], error=spot.error_out, bound=search.bound)
+
+    def run(rule: operations.Rule | None = None, **changed: torch.Tensor) -> torch.Tensor | None:
+        return _run_whole(search, call.args[0], rule=rule, changed=changed)
+
+    yield from _what_ifs(search, original, run, fits, *spot.output)
+
+
+def _run_whole(
+    search: Search, tokens: torch.Tensor, *, rule: operations.Rule | None, changed: Mapping[str, torch.Tensor]
+) -> torch.Tensor | None:
+    original = search.pair.original
+    with operations.Rewritten(rule) if rule is not None else contextlib.nullcontext():
+        try:
+            with torch.nn.utils.stateless._reparametrize_module(original, dict(changed)):
+                return run_original(search.trial, original, tokens, torch.zeros_like(tokens))["logits"]
+        except (RuntimeError, TypeError, ValueError, IndexError):
+            return None
