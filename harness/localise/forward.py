@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 
@@ -66,8 +66,10 @@ def _explanations(search: Search, comparison: Comparison, spot: Spot) -> Iterato
         yield from _of_sum(search, comparison, spot, *spot.output, "its output")
         yield from _of_module(search, comparison, spot)
     elif spot.given is not None:
+        yield from _of_order(search, comparison, spot, comparison.silent)
         yield from _of_sum(search, comparison, spot, *spot.given, "what it is given")
-        yield from _of_order(search, comparison, spot)
+        yield from _of_order(search, comparison, spot, _before(comparison, spot))
+        yield from _of_turns(comparison)
     else:
         yield from _of_sum(search, comparison, spot, *spot.output, "its output")
     if not agreed:
@@ -166,7 +168,7 @@ def _what_ifs(
         tensors.edits(module, others=_parameters(search.pair.original)), search.until
     ):
         if fits(run(None, **changed)):
-            yield f"as if {words}"
+            yield words
     if attends:
         factor = _solve(run, operations.scores_scaled, fits, actual, _scales(used.head_size, expected.shape[-1]))
         if factor is not None:
@@ -266,15 +268,19 @@ def _passed(comparison: Comparison, spot: Spot, like: torch.Tensor) -> dict[str,
     """What modules of the original were given and gave before a place was done, of its shape, by name."""
     names = {other.original.path: other.name for other in comparison.spots if other.original is not None}
     found: dict[str, torch.Tensor] = {}
+    calls = []
     for call in comparison.original:
         if spot.original is not None and call is spot.original:
             if not _inner(comparison, spot):
                 break
+        calls.append(call)
+    # Of equal tensors the one that the family has a name for.
+    for call in sorted(calls, key=lambda call: call.path not in names):
         name = names.get(call.path, call.path)
         given = [("the input of", tensor) for tensor in call.inputs[:1]]
         own = spot.original is not None and call.path == spot.original.path
         gave = [("the output of", call.output)] if call.output is not None and not own else []
-        for words, tensor in (*given, *gave):
+        for words, tensor in (*gave, *given):
             if tensor.ndim < 2 or tensor.shape[-1] != like.shape[-1] or tensor.ndim > like.ndim:
                 continue
             try:
@@ -286,32 +292,39 @@ def _passed(comparison: Comparison, spot: Spot, like: torch.Tensor) -> dict[str,
     return found
 
 
-def _of_order(search: Search, comparison: Comparison, spot: Spot) -> Iterator[str]:
-    """Modules that the port skips, exchanges or runs in another order, tried in the original."""
+def _before(comparison: Comparison, spot: Spot) -> list[str]:
+    names = [other.name for other in comparison.spots]
+    return names[: names.index(spot.name)]
+
+
+def _of_order(search: Search, comparison: Comparison, spot: Spot, suspects: Iterable[str]) -> Iterator[str]:
+    """Modules that the port skips or exchanges, tried in the original."""
     original = search.pair.original
-    taps = {other.name: other.original for other in comparison.spots if other.original is not None}
-    before = [name for name in taps if name != spot.name]
     whole = {call.path: call for call in reversed(comparison.original)}
     assert search.trial.family.taps is not None
     paths = {tap.name: tap.original for tap in search.trial.family.taps(search.case.fields) if tap.original in whole}
     actual = spot.given[0] if spot.given is not None else spot.output[0]
     error = spot.error_in if spot.given is not None and spot.error_in is not None else spot.error_out
-    for name in (*comparison.silent, *before):
+    for name in suspects:
         if name not in paths or not whole[paths[name]].inputs:
             continue
         module = original.get_submodule(paths[name])
         size = sum(parameter.numel() for parameter in module.parameters())
-        stand_ins: dict[str, Callable[..., object]] = {f"{name} is skipped": lambda x, *_: x}
+        stand_ins: dict[str, Callable[..., object]] = {f"{name} were skipped": lambda x, *_: x}
         for other in paths:
             rival = original.get_submodule(paths[other])
             same = size and size == sum(parameter.numel() for parameter in rival.parameters())
             if other != name and same:
-                stand_ins[f"{other} runs in the place of {name}"] = rival.forward
+                stand_ins[f"{other} ran in the place of {name}"] = rival.forward
         for words, stand_in in while_there_is_time(stand_ins.items(), search.until):
             with operations.module_replaced(module, stand_in):
                 given, _ = _at(search, spot)
             if explains(given, actual, error=error, bound=search.bound):
-                yield words
+                yield f"as if {words}"
+
+
+def _of_turns(comparison: Comparison) -> Iterator[str]:
+    """Modules that run in another order than in the original."""
     order_in_port = [call.path for call in comparison.port]
     known = [(other.name, other.port.path) for other in comparison.spots if other.port is not None]
     for (earlier, path), (later, after) in zip(known, known[1:], strict=False):
