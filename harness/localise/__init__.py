@@ -67,14 +67,19 @@ def _roomy(trial: Trial, case: Case) -> Case:
 
 
 def _look(trial: Trial, case: Case, check: Check, until: float) -> Divergence | None:
-    from harness.localise import forward, weights
+    from harness.localise import cache, forward, masks, weights
     from harness.localise.alignment import compare
 
     pair = prepare(trial, case)
     search = Search(trial=trial, case=case, pair=pair, check=check.id, until=until, bound=SEMANTICS_BOUND)
     comparison = compare(trial, pair, case.fields, pair.batch.tokens)
-    looks = (weights.find, forward.find)
-    return next(filter(None, (_contained(lambda look=look: look(search, comparison)) for look in looks)), None)  # type: ignore[misc]
+    looks: list[Callable[[], Divergence | None]] = [
+        lambda: weights.find(search, comparison),
+        lambda: forward.find(search, comparison),
+        lambda: masks.find(search),
+        lambda: cache.find(search),
+    ]
+    return next(filter(None, map(_contained, looks)), None)
 
 
 def _contained(look: Callable[[], Divergence | None]) -> Divergence | None:
