@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable
 
@@ -16,7 +17,7 @@ from harness.checks import Check
 from harness.localise.finding import Divergence, Search
 from harness.numerics import SEMANTICS_BOUND
 from harness.routes import main_route
-from harness.trial import Pair, Trial, port_logits, prepare, run_original
+from harness.trial import Pair, Trial, copied, each_attention, port_logits, prepare, run_original
 
 __all__ = ["Compared", "Divergence", "compare_taps", "locate"]
 
@@ -25,6 +26,9 @@ SECONDS = 3.0
 
 ROOMY_ROWS, ROOMY_TOKENS = 2, 6
 """A batch of which a relation cannot hold by chance."""
+
+OF_ATTENTION = ("backend.", "api.attentions", "masks.")
+"""Checks that run every attention implementation of a port."""
 
 Compared = list[tuple[str, torch.Tensor, torch.Tensor]]
 
@@ -72,10 +76,24 @@ def _look(trial: Trial, case: Case, check: Check, until: float) -> Divergence | 
 
     pair = prepare(trial, case)
     search = Search(trial=trial, case=case, pair=pair, check=check.id, until=until, bound=SEMANTICS_BOUND)
-    comparison = compare(trial, pair, case.fields, pair.batch.tokens)
+
+    def side_by_side(search: Search, *looks: Callable[..., Divergence | None]) -> Divergence | None:
+        comparison = compare(trial, search.pair, case.fields, pair.batch.tokens)
+        return next(filter(None, (_contained(functools.partial(look, search, comparison)) for look in looks)), None)
+
+    def in_eager() -> Divergence | None:
+        if not check.id.startswith(OF_ATTENTION):
+            return None
+        for attention in each_attention(port := copied(pair.port)):
+            eager = dataclasses.replace(search, pair=dataclasses.replace(pair, port=port))
+            found = side_by_side(eager, forward.find) if attention == "eager" else None
+            if found is not None:
+                return dataclasses.replace(found, sentence=f"with eager attention, {found.sentence}")
+        return None
+
     looks: list[Callable[[], Divergence | None]] = [
-        lambda: weights.find(search, comparison),
-        lambda: forward.find(search, comparison),
+        lambda: side_by_side(search, weights.find, forward.find),
+        in_eager,
         lambda: masks.find(search),
         lambda: cache.find(search),
     ]

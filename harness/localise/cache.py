@@ -13,6 +13,7 @@ import torch
 
 from harness.capture import Call, watch
 from harness.cases.batches import pad
+from harness.errors import ParityError
 from harness.localise.finding import Divergence, Search, distance
 from harness.localise.visibility import is_seen, is_unseen, listed, visible
 from harness.trial import call_port, port_logits, takes
@@ -22,13 +23,17 @@ CHECKS = ("generation.", "precision.cache", "remote_code.generation")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Setting:
-    """One way of feeding a sequence: chunk lengths, and a mask (rows, tokens) or None."""
+    """One way of feeding a sequence: chunk lengths, and a mask (rows, tokens) or None.
+
+    static: into a StaticCache. asked_back: whether the last call says use_cache=True too.
+    """
 
     name: str
     chunks: list[int]
     tokens: torch.Tensor
     mask: torch.Tensor | None = None
     static: bool = False
+    asked_back: bool = True
 
 
 def find(search: Search) -> Divergence | None:
@@ -40,7 +45,10 @@ def find(search: Search) -> Divergence | None:
     for setting in _settings(search):
         if time.monotonic() > search.until:
             return None
-        found = _of_setting(search, setting)
+        try:
+            found = _of_setting(search, setting)
+        except (AttributeError, IndexError, RuntimeError, TypeError, ValueError, ParityError):
+            continue  # what a port does not take is another check's finding
         if found is not None:
             return found
     return None
@@ -58,6 +66,9 @@ def _settings(search: Search) -> Iterator[Setting]:
     if search.check == "generation.static_cache":
         yield Setting(name="one token at a time, static", chunks=[1] * count, tokens=tokens, static=True)
     family, fields = search.trial.family, search.case.fields
+    if count > 1:
+        name = "given to a last call with use_cache=False"
+        yield Setting(name=name, chunks=[count - 1, 1], tokens=tokens, asked_back=False)
     if "masks" not in family.features or not takes(search.pair.port, "attention_mask") or count < 3:
         return
     for side in ("left", "right"):
@@ -82,7 +93,8 @@ def _steps(search: Search, setting: Setting, tokens: torch.Tensor) -> Iterator[t
     cached = _static(search, tokens) if setting.static else None
     start = 0
     for size in setting.chunks:
-        options: dict[str, Any] = {"past_key_values": cached, "use_cache": True}
+        last = start + size == tokens.shape[1]
+        options: dict[str, Any] = {"past_key_values": cached, "use_cache": setting.asked_back or not last}
         if setting.mask is not None:
             options["attention_mask"] = setting.mask[:, : start + size]
         piece = tokens[:, start : start + size]
@@ -92,7 +104,7 @@ def _steps(search: Search, setting: Setting, tokens: torch.Tensor) -> Iterator[t
                 functools.partial(call_port, search.trial, search.pair.port, piece, **options),
             )
         cached = getattr(output, "past_key_values", None)
-        if cached is None:
+        if cached is None and not last:
             raise ValueError("no cache came back")
         yield output.logits.cpu(), calls
         start += size

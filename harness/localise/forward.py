@@ -18,11 +18,7 @@ from harness.localise.finding import Divergence, Search, distance, explains, whi
 from harness.localise.relations import factor_between, number, relation_of_outputs
 from harness.narrowing import WORTH_A_LOOK, narrows
 from harness.numerics import FLOAT32_INSIDE_BOUND
-from harness.trial import port_logits, run_original
-
-NOTHING_LOST = 1e-6
-"""How far a factor of a sum may be from a whole number and still be called that."""
-
+from harness.trial import port_logits, run_original, takes
 
 def find(search: Search, comparison: Comparison) -> Divergence | None:
     """The first place that differs, with a sentence about it; None when all agree."""
@@ -34,7 +30,8 @@ def find(search: Search, comparison: Comparison) -> Divergence | None:
     errors = f"out {spot.error_out:.1e}"
     if spot.error_in is not None:
         errors = f"in {spot.error_in:.1e}, {errors}"
-    sentence = f"{spot.name} diverges ({errors})" + (f": {said}" if said else "")
+    diverges = "diverge" if spot.name == "logits" else "diverges"
+    sentence = f"{spot.name} {diverges} ({errors})" + (f": {said}" if said else "")
     return Divergence(module=spot.name, sentence=sentence, error_in=spot.error_in, error_out=spot.error_out)
 
 
@@ -53,14 +50,19 @@ def judged(search: Search, comparison: Comparison) -> Search:
 
 def _explanations(search: Search, comparison: Comparison, spot: Spot) -> Iterator[str]:
     """Sentences that are true, the most telling first; each was seen to give what the port gives."""
-    if _changes_from_call_to_call(search, comparison):
+    if _changes_from_call_to_call(search):
         yield "it gives something else at every call, as with dropout that is active in evaluation"
+        return
+    actual, expected = spot.output
+    if bool(expected.isfinite().all()) and not bool(actual.isfinite().all()):
+        yield f"{int((~actual.isfinite()).sum())} of {actual.numel()} values of its output are not finite"
         return
     inner = _inner(comparison, spot)
     agreed = spot.error_in is not None and spot.error_in <= search.bound
     if spot.name == "logits":
         yield from _of_logits(search, comparison, spot)
     elif agreed and not inner:
+        yield from _of_cache(search, comparison, spot)
         yield from _of_module(search, comparison, spot)
     elif agreed:
         yield from _of_sum(search, comparison, spot, *spot.output, "its output")
@@ -76,10 +78,10 @@ def _explanations(search: Search, comparison: Comparison, spot: Spot) -> Iterato
         yield from _of_embeddings(search, spot)
 
 
-def _changes_from_call_to_call(search: Search, comparison: Comparison) -> bool:
+def _changes_from_call_to_call(search: Search) -> bool:
     tokens = comparison_tokens(search)
     first, second = (port_logits(search.trial, search.pair.port, tokens) for _ in range(2))
-    return distance(first, second) > search.bound
+    return not bool(torch.isclose(first, second, rtol=search.bound, atol=search.bound, equal_nan=True).all())
 
 
 def comparison_tokens(search: Search) -> torch.Tensor:
@@ -96,6 +98,17 @@ def _inner(comparison: Comparison, spot: Spot) -> list[Spot]:
 
 
 # --- a module whose input agrees ---
+
+
+def _of_cache(search: Search, comparison: Comparison, spot: Spot) -> Iterator[str]:
+    """A module that is right as soon as nothing is cached."""
+    if spot.port is None or not takes(search.pair.port, "use_cache"):
+        return
+    tokens = comparison_tokens(search)
+    _, calls = watch(search.pair.port, lambda: port_logits(search.trial, search.pair.port, tokens, use_cache=False))
+    call = next((call for call in calls if call.path == spot.port.path), None)
+    if call is not None and call.output is not None and distance(call.output.cpu(), spot.output[1]) <= search.bound:
+        yield "with use_cache=False it agrees, so that what the cache gives back is at fault"
 
 
 def _of_module(search: Search, comparison: Comparison, spot: Spot) -> Iterator[str]:
@@ -154,6 +167,8 @@ def _what_ifs(
                 yield f"{words}: the causal mask is {'missing' if by is None else 'shifted by one'}"
         if fits(run(operations.causality_shifted(-1))):
             yield "no position sees itself: the causal mask is shifted by one"
+        if fits(run(operations.softmax_over_queries())):
+            yield "its softmax runs over the queries instead of the keys"
     if used.names & {"gelu", "relu", "silu", "tanh"}:
         for words, function in operations.ACTIVATIONS.items():
             if fits(run(operations.activation_replaced(function))):
@@ -234,17 +249,18 @@ def _of_sum(
             yield f"{subject} lacks {name}"
     for name, part in parts.items():
         if fits(expected + part):
-            yield f"{subject} has {name} once too often"
+            yield f"{subject} has {name} once too often{_of_width(2.0, expected.shape[-1])}"
+    whole = next((name for name, part in parts.items() if torch.equal(part, expected)), None)
+    instead = f" instead of {whole}" if whole else ""
     for name, part in parts.items():
         if fits(part):
-            yield f"{subject} is {name}"
+            yield f"{subject} is {name}{instead}"
     for name, part in parts.items():
         factor = factor_between(actual - expected, part)
         if factor is not None and fits(expected + part * factor):
             # The original's own share of this part, which is what the port's is measured by.
-            whole = _share(expected, part, parts)
-            if whole is not None and abs(whole) > NOTHING_LOST:
-                yield f"{subject} has {number((whole + factor) / whole)}x {name}{_of_width(whole + factor, expected.shape[-1])}"
+            if _is_summand(expected, part, parts):
+                yield f"{subject} has {number(1 + factor)}x {name}{_of_width(1 + factor, expected.shape[-1])}"
             else:
                 yield f"{subject} has {number(factor)}x {name} added"
     words = relation_of_outputs(actual, expected, error=error, bound=search.bound)
@@ -253,15 +269,16 @@ def _of_sum(
 
 
 def _of_width(factor: float, width: int) -> str:
-    return ", the root of the width" if math.isclose(factor, width**0.5, rel_tol=1e-9) else ""
+    """What a factor is in terms of the width, for the end of a sentence."""
+    names = {"the root of the width": width**0.5, "one over the root of the width": width**-0.5}
+    fitting = [name for name, value in names.items() if math.isclose(factor, value, rel_tol=1e-9)]
+    return f" ({number(factor)} is {fitting[0]} {width})" if fitting and width > 1 else ""
 
 
-def _share(expected: torch.Tensor, part: torch.Tensor, parts: Mapping[str, torch.Tensor]) -> float | None:
-    """1 where the original's tensor is this part plus another, or the part itself; None where it cannot be told."""
+def _is_summand(expected: torch.Tensor, part: torch.Tensor, parts: Mapping[str, torch.Tensor]) -> bool:
+    """Whether the original's tensor is this part, or this part and another."""
     rest = expected - part
-    if not bool((rest != 0).any()) or any(distance(other, rest) <= 1e-12 for other in parts.values()):
-        return 1.0
-    return None
+    return not bool((rest != 0).any()) or any(distance(other, rest) <= 1e-12 for other in parts.values())
 
 
 def _passed(comparison: Comparison, spot: Spot, like: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -365,9 +382,11 @@ def _of_embeddings(search: Search, spot: Spot) -> Iterator[str]:
 
 
 def _of_logits(search: Search, comparison: Comparison, spot: Spot) -> Iterator[str]:
-    words = relation_of_outputs(*spot.output, error=spot.error_out, bound=search.bound)
+    actual, expected = spot.output
+    words = relation_of_outputs(actual, expected, error=spot.error_out, bound=search.bound)
     if words is not None:
-        yield words.replace("is ", "they are ", 1) if words.startswith("is ") else f"its output {words}"
+        factor = factor_between(actual, expected) if "x the" in words else None
+        yield f"the port's tensor {words}" + (_of_width(factor, _width(comparison)) if factor else "")
     if len(comparison.spots) > 1:
         return
     # No module of the port could be paired: the same what-ifs with the whole original.
@@ -380,6 +399,12 @@ def _of_logits(search: Search, comparison: Comparison, spot: Spot) -> Iterator[s
         return _run_whole(search, call.args[0], rule=rule, changed=changed)
 
     yield from _what_ifs(search, original, run, fits, *spot.output)
+
+
+def _width(comparison: Comparison) -> int:
+    """The number of channels that the last module was given; 1 where that cannot be told."""
+    given = [call.inputs[0].shape[-1] for call in comparison.original if call.inputs]
+    return int(given[-1]) if given else 1
 
 
 def _run_whole(

@@ -5,26 +5,30 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import time
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 
 from harness.cases.batches import Side, pad
-from harness.localise.finding import Divergence, Search, distance
+from harness.errors import ParityError
+from harness.localise.finding import Divergence, Search, distance, while_there_is_time
 from harness.localise.visibility import is_seen, is_unseen, visible
 from harness.numerics import FLOAT32_INSIDE_BOUND
 from harness.trial import each_attention, port_logits, run_original, takes
 
 CHECKS = ("masks.", "backend.attention", "precision.masks", "training.gradients_masked", "generation.left_padded")
-MORE_CHECKS = ("forward.causal", "forward.rows_independent", "generation.cache_masked", "generation.batch")
+MORE_CHECKS = ("forward.position_ids", "generation.static_cache", "forward.causal", "forward.rows_independent", "generation.cache_masked", "generation.batch")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Setting:
-    """One way of giving a mask: tokens (rows, width), the port's options, and which tokens are real (rows, width)."""
+    """One way of giving a mask: tokens (rows, width), the port's options, and which tokens are real (rows, width).
 
+    named: a part of the ids of the checks that are about it. name: how a sentence about it begins.
+    """
+
+    named: str
     name: str
     tokens: torch.Tensor
     options: dict[str, Any]
@@ -35,48 +39,61 @@ def find(search: Search) -> Divergence | None:
     """The first row and column that are wrong under any mask that the check may have given; else None."""
     if not search.check.startswith((*CHECKS, *MORE_CHECKS)):
         return None
-    settings = list(_settings(search))
+    # The likeliest to have failed first: what the check is called after.
+    settings = sorted(_settings(search), key=lambda setting: setting.named not in search.check)
     several = search.check.startswith(("backend.", "masks."))
+    training = search.check.startswith("training.")
+    search.pair.port.train(training)
     for attention in each_attention(search.pair.port) if several else ["its own"]:
-        for setting in settings:
-            if time.monotonic() > search.until:
-                return None
-            found = _of_setting(search, setting)
+        for setting in while_there_is_time(settings, search.until):
+            try:
+                found = _of_setting(search, setting)
+            except (AttributeError, IndexError, RuntimeError, TypeError, ValueError, ParityError):
+                continue  # what a port does not take is another check's finding
             if found is not None:
-                said = f" (attention: {attention})" if attention not in ("its own", "sdpa") else ""
-                return dataclasses.replace(found, sentence=f"{setting.name}{found.sentence}{said}")
-    return None
+                said = ("in training mode, " if training else "") + setting.name
+                said = f"with {attention} attention, {said}" if attention == "eager" else said
+                return dataclasses.replace(found, sentence=said + found.sentence)
+    return _told_positions(search) if search.check == "forward.position_ids" else None
 
 
 def _settings(search: Search) -> Iterator[Setting]:
     tokens = search.pair.batch.tokens
     every = torch.ones_like(tokens).bool()
-    yield Setting(name="", tokens=tokens, options={}, real=every)
+    yield Setting(named="forward.", name="", tokens=tokens, options={}, real=every)
     if "masks" not in search.trial.family.features or not takes(search.pair.port, "attention_mask"):
         return
     for name, mask in (("int64", every.long()), ("bool", every)):
         yield Setting(
-            name=f"with a mask of {name} ones ", tokens=tokens, options={"attention_mask": mask}, real=every
+            named="none_is_ones", name=f"with a mask of {name} ones, ", tokens=tokens, options={"attention_mask": mask}, real=every
         )
     fields, family = search.case.fields, search.trial.family
     width = min(fields[family.maximum_length], tokens.shape[1] + 2)
     sides: tuple[Side, ...] = ("right", "left", "interior")
-    for side in sorted(sides, key=lambda side: side not in search.check):
+    for side in sides:
         count = max(1, min(tokens.shape[1], width - 1))
         padded = pad(
             tokens[:, :count], side=side, seed=search.case.seed, vocabulary=fields[family.vocabulary], width=width
         )
         yield Setting(
-            name=f"with padding on the {side} " if side != "interior" else "with padding between tokens ",
+            named=side,
+            name=f"with padding on the {side}, " if side != "interior" else "with padding between tokens, ",
             tokens=padded.tokens,
             options={"attention_mask": padded.mask.long()},
             real=padded.mask,
         )
-    if search.check.startswith(("masks.additive", "backend.")) and "causal" in family.features:
-        hidden = torch.ones(tokens.shape[1], tokens.shape[1], dtype=torch.bool).triu(1)
+    if "causal" not in family.features:
+        return
+    hidden = torch.ones(tokens.shape[1], tokens.shape[1], dtype=torch.bool).triu(1)
+    if search.check.startswith(("masks.additive", "backend.")):
         mask = torch.zeros(len(tokens), 1, *hidden.shape, dtype=torch.float64)
         mask = mask.masked_fill(hidden, torch.finfo(torch.float64).min)
-        yield Setting(name="with an additive mask ", tokens=tokens, options={"attention_mask": mask}, real=every)
+        options = {"attention_mask": mask}
+        yield Setting(named="additive", name="with an additive mask, ", tokens=tokens, options=options, real=every)
+    if search.check == "generation.static_cache":  # generate() gives such masks with a static cache
+        options = {"attention_mask": ~hidden.expand(len(tokens), 1, *hidden.shape)}
+        name = "with a boolean mask of four axes, "
+        yield Setting(named="static", name=name, tokens=tokens, options=options, real=every)
 
 
 def _of_setting(search: Search, setting: Setting) -> Divergence | None:
@@ -138,16 +155,18 @@ def _seen_wrongly(
     else:
         said = f"sees position {other}, which the original does not"
     mask = setting.options.get("attention_mask")
-    if mask is not None and not bool(setting.real.all()):
+    if mask is not None and mask.ndim == 2 and takes(search.pair.port, "position_ids"):
         # Padding that is seen throughout, or instead of the tokens, has a plainer name.
+        told = {"position_ids": _counted(setting.real)}
         plain = dataclasses.replace(setting, options={})
-        if distance(_port(search, setting, setting.tokens), _port(search, plain, setting.tokens)) <= search.bound:
-            why = ": the mask changes nothing"
-        elif takes(search.pair.port, "position_ids"):
-            other_way = dataclasses.replace(setting, options={"attention_mask": 1 - mask})
-            logits = _port(search, other_way, setting.tokens, position_ids=_counted(setting.real))[setting.real]
-            if distance(logits, _unpadded(search, setting)) <= search.bound:
-                why = ": the mask is read the other way round"
+        other_way = dataclasses.replace(setting, options={"attention_mask": 1 - mask.long()})
+        as_told, unmasked = (_port(search, each, setting.tokens, **told) for each in (setting, plain))
+        if distance(as_told, unmasked) <= search.bound and not bool(setting.real.all()):
+            why = ": the mask is not used"
+        elif distance(
+            _port(search, other_way, setting.tokens, **told)[setting.real], _unpadded(search, setting)
+        ) <= max(search.bound, FLOAT32_INSIDE_BOUND):
+            why = ": the mask is read the other way round"
     return Divergence(module=f"row {row}, position {position}", sentence=f"row {row}: position {position} {said}{why}")
 
 
@@ -217,10 +236,23 @@ def _cut(search: Search, setting: Setting, width: int) -> Divergence | None:
     if mask.ndim != 4 or width < 2:
         return None
     raised = mask.clone()
-    raised[0, 0, -1, 0] -= 0.5
+    raised[0, 0, -1, 0] += 0.5
     changed = dataclasses.replace(setting, options={"attention_mask": raised})
     before, after = (_port(search, each, setting.tokens) for each in (setting, changed))
     if not torch.equal(before, after):
         return None
-    said = f"row 0: -0.5 at position {width - 1} for position 0 changes nothing: only what is hidden counts"
+    said = f"row 0: +0.5 at position {width - 1} for position 0 changes nothing: only what is hidden counts"
     return Divergence(module=f"row 0, position {width - 1}", sentence=said)
+
+
+def _told_positions(search: Search) -> Divergence | None:
+    """`position_ids` that change nothing, alone or beside a mask."""
+    tokens = search.pair.batch.tokens[:, :-1]
+    ids = torch.arange(tokens.shape[1]).expand_as(tokens)
+    for words, options in (("", {}), (" beside a mask", {"attention_mask": torch.ones_like(tokens)})):
+        here, there = (
+            port_logits(search.trial, search.pair.port, tokens, position_ids=each, **options) for each in (ids, ids + 1)
+        )
+        if tokens.shape[1] and torch.equal(here, there):
+            return Divergence(module="position_ids", sentence=f"position_ids{words} change nothing")
+    return None

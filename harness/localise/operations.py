@@ -115,6 +115,24 @@ def scores_scaled(factor: float) -> Rule:
     return rule
 
 
+def softmax_over_queries() -> Rule:
+    """Attention weights that sum to one over the queries of a key instead of the keys of a query."""
+
+    def rule(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if name_of(function) == "softmax":
+            return function(args[0], dim=-2)
+        if name_of(function) == "scaled_dot_product_attention":
+            query, key, value = args[:3]
+            scores = query @ key.transpose(-1, -2) * (_argument(args, kwargs, 6, "scale") or query.shape[-1] ** -0.5)
+            if _argument(args, kwargs, 5, "is_causal", False):
+                hidden = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
+                scores = scores.masked_fill(hidden, torch.finfo(scores.dtype).min)
+            return torch.softmax(scores, dim=-2) @ value
+        return function(*args, **kwargs)
+
+    return rule
+
+
 def causality_shifted(by: int | None) -> Rule:
     """Every position sees `by` positions more (less, when negative); with None, all of them."""
 

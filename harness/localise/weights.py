@@ -72,6 +72,8 @@ def _mended(search: Search, comparison: Comparison, tensors: Tensors) -> bool:
 
 
 def _said(name: str, words: str, others: int = 0) -> Divergence:
+    if words.endswith("changed places"):
+        others -= 1
     more = f" (and {others} more tensor{'s' if others > 1 else ''})" if others else ""
     return Divergence(module=name, sentence=f"tensor {name} {words}{more}")
 
@@ -124,30 +126,30 @@ def relation_of_tensors(
     if actual.ndim == 1 and bool((actual == 1).all()):
         return f"is one throughout, and not the original's {source}"
     if actual.ndim == 2 and _equal(actual, expected.T):
-        return f"holds the original's {source} transposed"
+        return f"is the original's {source} transposed"
     if actual.shape != expected.shape:
         return None
     factor = factor_between(actual, expected)
     if factor is not None and distance(actual, expected * factor) < 1e-6:
-        return f"holds {number(factor)}x the original's {source}"
+        return f"is {number(factor)}x the original's {source}"
     for dtype in NARROWER:
         if torch.equal(expected.to(dtype).double(), actual):
-            return f"holds the original's {source} rounded to {str(dtype).removeprefix('torch.')}"
+            return f"is the original's {source} rounded to {str(dtype).removeprefix('torch.')}"
     for axis, what in enumerate(("rows", "columns")[: actual.ndim]):
         order = order_between(actual, expected, axis=axis) if actual.ndim > 1 else _order_of_numbers(actual, expected)
         if order is not None:
-            return f"holds the original's {source} with {describe_order(order, what if actual.ndim > 1 else 'numbers')}"
+            return f"is the original's {source} with {describe_order(order, what if actual.ndim > 1 else 'numbers')}"
         for shift in (1, -1):
             kept = slice(1, None) if shift == 1 else slice(None, -1)
             moved = expected.roll(shift, axis).movedim(axis, 0)[kept]
             if actual.shape[axis] > 2 and torch.equal(actual.movedim(axis, 0)[kept], moved):
-                return f"holds the original's {source} with {what} shifted by one"
+                return f"is the original's {source} with {what} shifted by one"
     same = (actual == expected).double()
     if actual.ndim == 2 and 0 < float(same.mean()) < 1:
         rows = same.min(dim=1).values
         if 0 < float(rows.mean()) < 1:
             bad = int((rows == 0).nonzero()[0, 0])
-            return f"holds the original's {source} but for {int((rows == 0).sum())} of {len(rows)} rows, from row {bad} on"
+            return f"is the original's {source} but for {int((rows == 0).sum())} of {len(rows)} rows, from row {bad} on"
     return None
 
 
