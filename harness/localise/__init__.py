@@ -17,7 +17,7 @@ from harness.checks import Check
 from harness.localise.finding import Divergence, Search
 from harness.numerics import SEMANTICS_BOUND
 from harness.routes import main_route
-from harness.trial import Pair, Trial, copied, each_attention, port_logits, prepare, run_original
+from harness.trial import Pair, Trial, copied, draw, each_attention, port_logits, prepare, run_original
 
 __all__ = ["Compared", "Divergence", "compare_taps", "locate"]
 
@@ -56,11 +56,7 @@ def locate(trial: Trial, case: Case, check: Check, *, seconds: float = SECONDS) 
     backend = "torch-cpu" if trial.backend in NO_FLOAT64 else trial.backend
     here = dataclasses.replace(trial, route=main_route(trial.port), backend=backend, dtype="float64")
     until = time.monotonic() + seconds
-    for roomy in dict.fromkeys((True, False)):
-        found = _contained(lambda roomy=roomy: _look(here, _roomy(here, case) if roomy else case, check, until))  # type: ignore[misc]
-        if found is not None:
-            return found
-    return None
+    return _contained(lambda: _look(here, case, check, until))
 
 
 def _roomy(trial: Trial, case: Case) -> Case:
@@ -71,10 +67,18 @@ def _roomy(trial: Trial, case: Case) -> Case:
 
 
 def _look(trial: Trial, case: Case, check: Check, until: float) -> Divergence | None:
+    roomy = _roomy(trial, case)
+    pair = prepare(trial, roomy)
+    if found := _look_at(trial, roomy, pair, check, until):
+        return found
+    # A fault may show with this very batch alone.
+    return _look_at(trial, case, dataclasses.replace(pair, batch=draw(trial, case)), check, until)
+
+
+def _look_at(trial: Trial, case: Case, pair: Pair, check: Check, until: float) -> Divergence | None:
     from harness.localise import cache, forward, masks, weights
     from harness.localise.alignment import compare
 
-    pair = prepare(trial, case)
     search = Search(trial=trial, case=case, pair=pair, check=check.id, until=until, bound=SEMANTICS_BOUND)
 
     def side_by_side(search: Search, *looks: Callable[..., Divergence | None]) -> Divergence | None:

@@ -71,9 +71,9 @@ def compare(trial: Trial, pair: Pair, fields: Mapping[str, object], tokens: torc
             continue
         if tap.port in have:
             partner = ran.get(tap.port)
-            if partner is None and not any(path.startswith(tap.port + ".") for path in ran):
-                if any(True for _ in pair.port.get_submodule(tap.port).parameters()):
-                    silent.append(tap.name)
+            has_parameters = any(True for _ in pair.port.get_submodule(tap.port).parameters())
+            if partner is None and has_parameters and not any(path.startswith(tap.port + ".") for path in ran):
+                silent.append(tap.name)
         else:
             partner = ran.get(partners.get(tap.original, ""))
         if partner is None or partner.output is None:
@@ -110,7 +110,7 @@ def _given(ours: Call, theirs: Call) -> tuple[torch.Tensor, torch.Tensor] | None
 def _by_size(pair: Pair, theirs: Iterable[Call], ours: Iterable[Call]) -> dict[str, str]:
     """Path in the original -> path in the port, where as many modules of one size run in both, in the same order."""
     left, right = _sizes(pair.original, theirs), _sizes(pair.port, ours)
-    paired = {}
+    paired: dict[str, str] = {}
     for size, paths in left.items():
         if len(right.get(size, ())) == len(paths):
             paired.update(zip(paths, right[size], strict=True))

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from harness.capture import Call, watch
-from harness.cases.batches import pad
+from harness.cases.batches import Side, pad
 from harness.errors import ParityError
 from harness.localise.finding import Divergence, Search, distance
 from harness.localise.visibility import is_seen, is_unseen, listed, visible
@@ -71,10 +71,11 @@ def _settings(search: Search) -> Iterator[Setting]:
         yield Setting(name=name, chunks=[count - 1, 1], tokens=tokens, asked_back=False)
     if "masks" not in family.features or not takes(search.pair.port, "attention_mask") or count < 3:
         return
-    for side in ("left", "right"):
+    sides: tuple[Side, ...] = ("left", "right")
+    for side in sides:
         padded = pad(
             tokens[:, : count - 1],
-            side=side,  # type: ignore[arg-type]
+            side=side,
             seed=search.case.seed,
             vocabulary=fields[family.vocabulary],
             width=count,
@@ -111,14 +112,15 @@ def _steps(search: Search, setting: Setting, tokens: torch.Tensor) -> Iterator[t
 
 
 def _static(search: Search, tokens: torch.Tensor) -> Any:
-    from transformers import StaticCache
+    from transformers import cache_utils
 
+    made: Any = cache_utils.StaticCache
     longest = search.case.fields[search.trial.family.maximum_length]
-    config: Any = search.pair.port.config
+    options: dict[str, Any] = {"config": search.pair.port.config, "max_cache_len": longest}
     try:
-        return StaticCache(config=config, max_cache_len=longest)
+        return made(**options)
     except TypeError:
-        return StaticCache(config=config, max_batch_size=len(tokens), max_cache_len=longest, dtype=torch.float64)
+        return made(**options, max_batch_size=len(tokens), dtype=torch.float64)
 
 
 def _of_setting(search: Search, setting: Setting) -> Divergence | None:
@@ -135,9 +137,10 @@ def _of_setting(search: Search, setting: Setting) -> Divergence | None:
     if not len(wrong):
         return None
     position, row = (int(index) for index in wrong[0])
-    start = 0
-    for (_, own), length in zip(steps, setting.chunks, strict=True):
+    start, own = 0, steps[0][1]
+    for (_, calls_of_step), length in zip(steps, setting.chunks, strict=True):
         if position < start + length:
+            own = calls_of_step
             break
         start += length
     module = _module(search, calls, own, row, position, start)
@@ -148,9 +151,7 @@ def _of_setting(search: Search, setting: Setting) -> Divergence | None:
     return Divergence(module=f"{module} at {place}" if module else place, sentence=said + (f": {why}" if why else ""))
 
 
-def _module(
-    search: Search, whole: list[Call], step: list[Call], row: int, position: int, start: int
-) -> str | None:
+def _module(search: Search, whole: list[Call], step: list[Call], row: int, position: int, start: int) -> str | None:
     """The first innermost module that gives something else with the cache, by the family's name for it or its path."""
     taps = search.trial.family.taps(search.case.fields) if search.trial.family.taps is not None else []
     names = {tap.port: tap.name for tap in taps}
@@ -178,9 +179,7 @@ def _module(
     return None
 
 
-def _why(
-    search: Search, setting: Setting, row: int, position: int, start: int, actual: torch.Tensor
-) -> str | None:
+def _why(search: Search, setting: Setting, row: int, position: int, start: int, actual: torch.Tensor) -> str | None:
     """What a position that differs is as if; each was seen to give the same logits in the port without a cache."""
     tokens, port, trial = setting.tokens, search.pair.port, search.trial
     fits = lambda logits: distance(logits, actual[row, position]) <= search.bound  # noqa: E731
@@ -205,9 +204,9 @@ def _why(
             return "as if the cached keys and values were not there"
     vocabulary = search.case.fields[trial.family.vocabulary]
     with_cache = visible(functools.partial(_stepwise, search, setting), tokens, vocabulary)[row, position]
-    without = visible(
-        lambda ids: port_logits(trial, port, ids, attention_mask=setting.mask), tokens, vocabulary
-    )[row, position]
+    without = visible(lambda ids: port_logits(trial, port, ids, attention_mask=setting.mask), tokens, vocabulary)[
+        row, position
+    ]
     missed = (is_unseen(with_cache) & is_seen(without)).nonzero().flatten().tolist()
     added = (is_seen(with_cache) & is_unseen(without)).nonzero().flatten().tolist()
     if missed:

@@ -6,19 +6,23 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import itertools
 import math
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 
 from harness.capture import Call, watch
+from harness.families import Tap
 from harness.localise import operations, tensors
 from harness.localise.alignment import Comparison, Spot, compare
 from harness.localise.finding import Divergence, Search, distance, explains, while_there_is_time
 from harness.localise.relations import factor_between, number, relation_of_outputs
 from harness.narrowing import WORTH_A_LOOK, narrows
 from harness.numerics import FLOAT32_INSIDE_BOUND
-from harness.trial import port_logits, run_original, takes
+from harness.trial import field_known_by, port_logits, prepare, run_original, takes
+
 
 def find(search: Search, comparison: Comparison) -> Divergence | None:
     """The first place that differs, with a sentence about it; None when all agree."""
@@ -31,7 +35,10 @@ def find(search: Search, comparison: Comparison) -> Divergence | None:
     if spot.error_in is not None:
         errors = f"in {spot.error_in:.1e}, {errors}"
     diverges = "diverge" if spot.name == "logits" else "diverges"
-    sentence = f"{spot.name} {diverges} ({errors})" + (f": {said}" if said else "")
+    place = spot.name
+    if spot.original is not None and spot.port is not None and spot.port.path != spot.original.path:
+        place += f" ({spot.port.path} in the port)"
+    sentence = f"{place} {diverges} ({errors})" + (f": {said}" if said else "")
     return Divergence(module=spot.name, sentence=sentence, error_in=spot.error_in, error_out=spot.error_out)
 
 
@@ -70,10 +77,12 @@ def _explanations(search: Search, comparison: Comparison, spot: Spot) -> Iterato
     elif spot.given is not None:
         yield from _of_order(search, comparison, spot, comparison.silent)
         yield from _of_sum(search, comparison, spot, *spot.given, "what it is given")
-        yield from _of_order(search, comparison, spot, _before(comparison, spot))
+        yield from _of_order(search, comparison, spot, _before(search, spot))
         yield from _of_turns(comparison)
     else:
+        yield from _of_order(search, comparison, spot, comparison.silent)
         yield from _of_sum(search, comparison, spot, *spot.output, "its output")
+        yield from _of_order(search, comparison, spot, [*_before(search, spot), spot.name])
     if not agreed:
         yield from _of_embeddings(search, spot)
 
@@ -94,7 +103,9 @@ def _inner(comparison: Comparison, spot: Spot) -> list[Spot]:
     if spot.original is None:
         return []
     prefix = spot.original.path + "."
-    return [other for other in comparison.spots if other.original is not None and other.original.path.startswith(prefix)]
+    return [
+        other for other in comparison.spots if other.original is not None and other.original.path.startswith(prefix)
+    ]
 
 
 # --- a module whose input agrees ---
@@ -128,9 +139,8 @@ def _of_module(search: Search, comparison: Comparison, spot: Spot) -> Iterator[s
     def run(rule: operations.Rule | None = None, **changed: torch.Tensor) -> torch.Tensor | None:
         return _run(module, call, rule=rule, changed=changed)
 
-    for said in _what_ifs(search, module, run, fits, actual, expected):
-        # Of two true sentences the plainer one: a missing bias rather than a vector.
-        yield said
+    # Of two true sentences the plainer one: a missing bias rather than a vector.
+    yield from _what_ifs(search, spot.name, module, run, fits, actual, expected)
     if words is not None:
         yield f"its output {words}"
 
@@ -151,8 +161,16 @@ def _run(
 Run = Callable[..., torch.Tensor | None]
 
 
+CAUSALITY = {
+    "every position sees all others, later ones too: the causal mask is missing": None,
+    "every position sees one that comes later: the causal mask is shifted by one": 1,
+    "no position sees itself: the causal mask is shifted by one": -1,
+}
+
+
 def _what_ifs(
     search: Search,
+    name: str,
     module: torch.nn.Module,
     run: Run,
     fits: Callable[[torch.Tensor | None], bool],
@@ -162,7 +180,10 @@ def _what_ifs(
     used = operations.used_by(run)
     attends = bool(used.names & {"softmax", "scaled_dot_product_attention"})
     if attends:
-        for words, by in (("every position sees all others, later ones too", None), ("every position sees one more", 1)):
+        for words, by in (
+            ("every position sees all others, later ones too", None),
+            ("every position sees one more", 1),
+        ):
             if fits(run(operations.causality_shifted(by))):
                 yield f"{words}: the causal mask is {'missing' if by is None else 'shifted by one'}"
         if fits(run(operations.causality_shifted(-1))):
@@ -187,9 +208,8 @@ def _what_ifs(
     if attends:
         factor = _solve(run, operations.scores_scaled, fits, actual, _scales(used.head_size, expected.shape[-1]))
         if factor is not None:
-            yield f"its scores are {number(factor)}x the original's before the softmax" + _named_scale(
-                factor, used.head_size, expected.shape[-1]
-            )
+            named = _named_scale(search, name, factor, used.head_size, expected.shape[-1])
+            yield f"its scores are {number(factor)}x the original's before the softmax{named}"
     if used.epsilon is not None:
         epsilon = _solve(run, operations.epsilon_replaced, fits, actual, operations.EPSILONS)
         if epsilon is not None:
@@ -210,28 +230,60 @@ def _solve(
     def with_value(value: float) -> torch.Tensor | None:
         return run(rule(value))
 
-    return next((value for value in operations.solved(with_value, actual, starts=starts) if fits(with_value(value))), None)
+    return next(
+        (value for value in operations.solved(with_value, actual, starts=starts) if fits(with_value(value))), None
+    )
 
 
 def _scales(head_size: int | None, width: int) -> list[float]:
     sizes = [size for size in (head_size, width) if size]
     named = [value for size in sizes for value in (size**0.5, size**-0.5, size, 1 / size)]
-    return list(dict.fromkeys(float(f"{value:.15g}") for value in (*named, 2.0, 0.5, *(2 ** (i / 2) for i in range(-12, 13)))))
+    return list(
+        dict.fromkeys(float(f"{value:.15g}") for value in (*named, 2.0, 0.5, *(2 ** (i / 2) for i in range(-12, 13))))
+    )
 
 
-def _named_scale(factor: float, head_size: int | None, width: int) -> str:
-    """What a factor is in terms of the sizes, for the end of a sentence."""
-    if head_size is None or math.isclose(factor, 1.0):
-        return ""
-    names = {
-        f"the root of the head size {head_size}": head_size**0.5,
-        f"one over the root of the head size {head_size}": head_size**-0.5,
-        f"the head size {head_size}": float(head_size),
-        f"one over the head size {head_size}": 1 / head_size,
-        f"the root of the head size {head_size} over that of the width {width}": (head_size / width) ** 0.5,
-        f"the root of the head size {head_size} over the width {width}": head_size**0.5 / width,
-    }
-    return next((f", which is {name}" for name, value in names.items() if math.isclose(factor, value, rel_tol=1e-6)), "")
+SCALES: Mapping[str, Callable[[int, int], float]] = {
+    "the root of the head size": lambda size, width: size**0.5,
+    "one over the root of the head size": lambda size, width: size**-0.5,
+    "the head size": lambda size, width: float(size),
+    "one over the head size": lambda size, width: 1 / size,
+    "the root of the head size over that of the width": lambda size, width: (size / width) ** 0.5,
+    "the root of the head size over the width": lambda size, width: size**0.5 / width,
+}
+"""What a factor on attention scores may be, from head size and width."""
+
+
+def _named_scale(search: Search, spot_name: str, factor: float, size: int | None, width: int) -> str:
+    """What a factor is in terms of the sizes, for the end of a sentence; nothing where two names fit."""
+    fitting = [
+        name for name, value in SCALES.items() if size and math.isclose(factor, value(size, width), rel_tol=1e-6)
+    ]
+    if len(fitting) > 1:
+        fitting = _fitting_elsewhere(search, spot_name, fitting)
+    return f", which is {fitting[0]}" if len(fitting) == 1 else ""
+
+
+def _fitting_elsewhere(search: Search, spot_name: str, names: Sequence[str]) -> list[str]:
+    """Of several names of a factor, those that hold with 3 heads of size 5 too."""
+    trial, fields = search.trial, dict(search.case.fields)
+    heads = field_known_by(trial, fields, "num_attention_heads")
+    wide = field_known_by(trial, fields, "hidden_size")
+    if heads is None or wide is None or time.monotonic() > search.until:
+        return []
+    case = dataclasses.replace(search.case, fields={**fields, heads: 3, wide: 15})
+    pair = prepare(trial, case)
+    spots = compare(trial, pair, case.fields, pair.batch.tokens).spots
+    spot = next((spot for spot in spots if spot.name == spot_name and spot.original is not None), None)
+    if spot is None or spot.original is None:
+        return []
+    module = pair.original.get_submodule(spot.original.path)
+    fits = functools.partial(explains, actual=spot.output[0], error=spot.error_out, bound=search.bound)
+    return [
+        name
+        for name in names
+        if fits(_run(module, spot.original, rule=operations.scores_scaled(SCALES[name](5, 15)), changed={}))
+    ]
 
 
 # --- a place that is given something else, or whose parts agree ---
@@ -287,9 +339,8 @@ def _passed(comparison: Comparison, spot: Spot, like: torch.Tensor) -> dict[str,
     found: dict[str, torch.Tensor] = {}
     calls = []
     for call in comparison.original:
-        if spot.original is not None and call is spot.original:
-            if not _inner(comparison, spot):
-                break
+        if spot.original is not None and call is spot.original and not _inner(comparison, spot):
+            break
         calls.append(call)
     # Of equal tensors the one that the family has a name for.
     for call in sorted(calls, key=lambda call: call.path not in names):
@@ -309,17 +360,21 @@ def _passed(comparison: Comparison, spot: Spot, like: torch.Tensor) -> dict[str,
     return found
 
 
-def _before(comparison: Comparison, spot: Spot) -> list[str]:
-    names = [other.name for other in comparison.spots]
-    return names[: names.index(spot.name)]
+def _before(search: Search, spot: Spot) -> list[str]:
+    """Names of the taps that data passes before a place."""
+    names = [tap.name for tap in _taps(search)]
+    return names[: names.index(spot.name)] if spot.name in names else names
+
+
+def _taps(search: Search) -> Sequence[Tap]:
+    return search.trial.family.taps(search.case.fields) if search.trial.family.taps is not None else ()
 
 
 def _of_order(search: Search, comparison: Comparison, spot: Spot, suspects: Iterable[str]) -> Iterator[str]:
     """Modules that the port skips or exchanges, tried in the original."""
     original = search.pair.original
     whole = {call.path: call for call in reversed(comparison.original)}
-    assert search.trial.family.taps is not None
-    paths = {tap.name: tap.original for tap in search.trial.family.taps(search.case.fields) if tap.original in whole}
+    paths = {tap.name: tap.original for tap in _taps(search) if tap.original in whole}
     actual = spot.given[0] if spot.given is not None else spot.output[0]
     error = spot.error_in if spot.given is not None and spot.error_in is not None else spot.error_out
     for name in suspects:
@@ -335,8 +390,8 @@ def _of_order(search: Search, comparison: Comparison, spot: Spot, suspects: Iter
                 stand_ins[f"{other} ran in the place of {name}"] = rival.forward
         for words, stand_in in while_there_is_time(stand_ins.items(), search.until):
             with operations.module_replaced(module, stand_in):
-                given, _ = _at(search, spot)
-            if explains(given, actual, error=error, bound=search.bound):
+                seen = _at(search, spot)[0 if spot.given is not None else 1]
+            if explains(seen, actual, error=error, bound=search.bound):
                 yield f"as if {words}"
 
 
@@ -344,7 +399,7 @@ def _of_turns(comparison: Comparison) -> Iterator[str]:
     """Modules that run in another order than in the original."""
     order_in_port = [call.path for call in comparison.port]
     known = [(other.name, other.port.path) for other in comparison.spots if other.port is not None]
-    for (earlier, path), (later, after) in zip(known, known[1:], strict=False):
+    for (earlier, path), (later, after) in itertools.pairwise(known):
         nested = path.startswith(after + ".")
         if not nested and order_in_port.index(after) < order_in_port.index(path):
             yield f"the port runs {later} before {earlier}"
@@ -398,7 +453,7 @@ def _of_logits(search: Search, comparison: Comparison, spot: Spot) -> Iterator[s
     def run(rule: operations.Rule | None = None, **changed: torch.Tensor) -> torch.Tensor | None:
         return _run_whole(search, call.args[0], rule=rule, changed=changed)
 
-    yield from _what_ifs(search, original, run, fits, *spot.output)
+    yield from _what_ifs(search, spot.name, original, run, fits, *spot.output)
 
 
 def _width(comparison: Comparison) -> int:

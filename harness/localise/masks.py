@@ -12,13 +12,21 @@ import torch
 
 from harness.cases.batches import Side, pad
 from harness.errors import ParityError
+from harness.localise import operations
 from harness.localise.finding import Divergence, Search, distance, while_there_is_time
 from harness.localise.visibility import is_seen, is_unseen, visible
 from harness.numerics import FLOAT32_INSIDE_BOUND
 from harness.trial import each_attention, port_logits, run_original, takes
 
 CHECKS = ("masks.", "backend.attention", "precision.masks", "training.gradients_masked", "generation.left_padded")
-MORE_CHECKS = ("forward.position_ids", "generation.static_cache", "forward.causal", "forward.rows_independent", "generation.cache_masked", "generation.batch")
+MORE_CHECKS = (
+    "forward.position_ids",
+    "generation.static_cache",
+    "forward.causal",
+    "forward.rows_independent",
+    "generation.cache_masked",
+    "generation.batch",
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,7 +52,9 @@ def find(search: Search) -> Divergence | None:
     several = search.check.startswith(("backend.", "masks."))
     training = search.check.startswith("training.")
     search.pair.port.train(training)
+    own = None
     for attention in each_attention(search.pair.port) if several else ["its own"]:
+        own = own or attention
         for setting in while_there_is_time(settings, search.until):
             try:
                 found = _of_setting(search, setting)
@@ -52,7 +62,7 @@ def find(search: Search) -> Divergence | None:
                 continue  # what a port does not take is another check's finding
             if found is not None:
                 said = ("in training mode, " if training else "") + setting.name
-                said = f"with {attention} attention, {said}" if attention == "eager" else said
+                said = f"with {attention} attention, {said}" if attention != own else said
                 return dataclasses.replace(found, sentence=said + found.sentence)
     return _told_positions(search) if search.check == "forward.position_ids" else None
 
@@ -65,7 +75,11 @@ def _settings(search: Search) -> Iterator[Setting]:
         return
     for name, mask in (("int64", every.long()), ("bool", every)):
         yield Setting(
-            named="none_is_ones", name=f"with a mask of {name} ones, ", tokens=tokens, options={"attention_mask": mask}, real=every
+            named="none_is_ones",
+            name=f"with a mask of {name} ones, ",
+            tokens=tokens,
+            options={"attention_mask": mask},
+            real=every,
         )
     fields, family = search.case.fields, search.trial.family
     width = min(fields[family.maximum_length], tokens.shape[1] + 2)
@@ -142,9 +156,7 @@ def _unpadded(search: Search, setting: Setting) -> torch.Tensor:
     return torch.cat(rows)
 
 
-def _seen_wrongly(
-    search: Search, setting: Setting, row: int, position: int, other: int, sees: bool
-) -> Divergence:
+def _seen_wrongly(search: Search, setting: Setting, row: int, position: int, other: int, sees: bool) -> Divergence:
     why = ""
     if not sees:
         said = f"does not see position {other}"
@@ -204,12 +216,6 @@ def _positions(search: Search, setting: Setting, expected: torch.Tensor) -> Dive
     if not bool(wrong.any()):
         return None
     row, place = (int(index) for index in wrong.nonzero()[0])
-    where = f"row {row}: position {place} is the first that differs"
-    if not takes(search.pair.port, "position_ids"):
-        return Divergence(module=f"row {row}, position {place}", sentence=where)
-    told = _port(search, setting, setting.tokens, position_ids=_counted(real))[real]
-    if distance(told, expected) > search.bound:
-        return Divergence(module=f"row {row}, position {place}", sentence=where)
     width = real.shape[1]
     guesses = {
         "positions count the padding too": torch.arange(width).expand(real.shape),
@@ -217,17 +223,29 @@ def _positions(search: Search, setting: Setting, expected: torch.Tensor) -> Dive
         "positions are counted from one": _counted(real) + 1,
         "every token gets position 0": torch.zeros_like(real).long(),
     }
+    said = f"row {row}: position {place} is the first that differs"
     for words, positions in guesses.items():
-        try:
-            guess = _port(search, setting, setting.tokens, position_ids=positions)[real]
-        except (ValueError, IndexError, RuntimeError):
-            continue
-        if distance(guess, actual[real]) <= search.bound:
+        if any(distance(guess, actual[real]) <= search.bound for guess in _at_positions(search, setting, positions)):
             right, used = int(_counted(real)[row, place]), int(positions[row, place])
             said = f"row {row}: the token at {place} gets position {used} instead of {right}: {words}"
-            return Divergence(module=f"row {row}, position {place}", sentence=said)
-    said = f"{where}: positions are not counted from the row's first token; given as position_ids they are right"
+            break
     return Divergence(module=f"row {row}, position {place}", sentence=said)
+
+
+def _at_positions(search: Search, setting: Setting, positions: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The original's logits of the rows alone, one of its embeddings looked up at these rows (rows, width) instead."""
+    used = operations.used_by(functools.partial(_original, search, setting.tokens[:1]))
+    for place in range(len(used.embeddings)):
+        pieces = []
+        for row, real in enumerate(setting.real):
+            look_up = functools.partial(_rows_of, positions[row, real])
+            with operations.Rewritten(operations.embedding_rewritten(place, look_up)):
+                pieces.append(_original(search, setting.tokens[row, real][None])[0])
+        yield torch.cat(pieces)
+
+
+def _rows_of(ids: torch.Tensor, asked: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    return table[ids.clamp(max=len(table) - 1).view_as(asked)]
 
 
 def _cut(search: Search, setting: Setting, width: int) -> Divergence | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 
@@ -58,17 +58,20 @@ def _first(search: Search, comparison: Comparison) -> int | None:
 
 def _mended(search: Search, comparison: Comparison, tensors: Tensors) -> bool:
     """Whether the port with these tensors agrees with the original, or at least differs only later."""
+    before = _first(search, comparison)
+    return before is not None and _first_with(search, tensors) > before
+
+
+def _first_with(search: Search, tensors: Tensors) -> float:
+    """The number of the first spot that differs in the port with these tensors; infinite where none does."""
     port = copied(search.pair.port)
     parameters = dict(port.named_parameters(remove_duplicate=False))
     with torch.no_grad():
         for name, tensor in tensors.items():
             parameters[name].copy_(tensor)
     pair = dataclasses.replace(search.pair, port=port)
-    after = compare(search.trial, pair, search.case.fields, pair.batch.tokens)
-    place, before = _first(search, after), _first(search, comparison)
-    if place is None:
-        return True
-    return before is not None and len(after.spots) == len(comparison.spots) and place > before
+    found = _first(search, compare(search.trial, pair, search.case.fields, pair.batch.tokens))
+    return float("inf") if found is None else found
 
 
 def _said(name: str, words: str, others: int = 0) -> Divergence:
@@ -92,6 +95,8 @@ def _of_names(
     right = {name: theirs[source] for name, source in wrong.items() if ours[name].shape == theirs[source].shape}
     if not right or not _mended(search, comparison, right):
         return None
+    wanted = _needed(search, right)
+    right = {name: right[name] for name in wanted}
     # Tied tensors have several names; one is enough.
     names = [name for place, name in enumerate(right) if not any(ours[n] is ours[name] for n in list(right)[:place])]
     for name in names:
@@ -105,6 +110,21 @@ def _of_names(
     else:
         words = f"is not the original's {source}, and with that in its place the port agrees"
     return _said(name, words, len(names) - 1)
+
+
+def _needed(search: Search, tensors: Tensors) -> Tensors:
+    """The tensors without those that the port holds in an order of its own, and is right to."""
+    reached = _first_with(search, tensors)
+    for pattern in dict.fromkeys(map(_pattern, tensors)):
+        fewer = {name: tensor for name, tensor in tensors.items() if _pattern(name) != pattern}
+        if fewer and _first_with(search, fewer) >= reached:
+            tensors = fewer
+    return tensors
+
+
+def _pattern(name: str) -> str:
+    """A tensor's name with a star for the number of its layer."""
+    return re.sub(r"\.\d+(?=\.|$)", ".*", name)
 
 
 def relation_of_tensors(
@@ -203,21 +223,36 @@ def _of_contents(theirs: Tensors, ours: Tensors) -> Divergence | None:
     strange = {name: tensor for name, tensor in ours.items() if not bool(torch.isin(tensor.double(), its).any())}
     for source, tensor in lost.items():
         for name, held in strange.items():
-            for shaped in (held, held.T if held.ndim == 2 else held):
-                if shaped.shape != tensor.shape:
-                    continue
-                words = relation_of_tensors("it", "them", {"them": tensor}, {"it": shaped}, {"it": "them"})
+            for part, piece in _pieces(tensor, held.shape):
+                words = relation_of_tensors("it", "them", {"them": piece}, {"it": held}, {"it": "them"})
                 if words is not None and ("x the" in words or "rounded" in words):
-                    return _said(name, words.replace("original's them", f"original's {source}"))
+                    words = words.replace("original's them", f"original's {source}{part}")
+                    return _said(name, words, len(strange) - 1)
     doubled = _doubled(theirs, ours)
     source = next(iter(lost))
     others = len(lost) - 1
     more = f" (nor of {others} more tensor{'s' if others > 1 else ''})" if others else ""
     for name, (other, first) in doubled.items():
         if theirs[other].shape == theirs[source].shape:
-            said = f"tensor {name} holds the original's {other}, as {first} does, and no number of {source} is in the port"
+            said = (
+                f"tensor {name} holds the original's {other}, as {first} does, and no number of {source} is in the port"
+            )
             return Divergence(module=name, sentence=said + more)
-    return Divergence(module=source, sentence=f"no number of the original's {source} is in the port{more}")
+    zero = next((n for n, held in strange.items() if not bool(held.any()) and held.shape == theirs[source].shape), None)
+    also = f"; {zero} of its shape is zero" if zero else ""
+    return Divergence(
+        module=zero or source, sentence=f"no number of the original's {source} is in the port{more}{also}"
+    )
+
+
+def _pieces(tensor: torch.Tensor, shape: torch.Size) -> Iterator[tuple[str, torch.Tensor]]:
+    """A tensor, its transpose, and its runs of rows, as far as they have a shape; with words that say which."""
+    for turned, whole in (("", tensor), (" transposed", tensor.T if tensor.ndim == 2 else tensor)):
+        if whole.shape == shape:
+            yield turned, whole
+        elif whole.ndim == len(shape) and whole.shape[1:] == shape[1:] and len(whole) % shape[0] == 0:
+            for start in range(0, len(whole), shape[0]):
+                yield f"{turned}, rows {start} to {start + shape[0] - 1},", whole[start : start + shape[0]]
 
 
 def _numbers(tensors: object) -> torch.Tensor:
@@ -231,10 +266,9 @@ def _doubled(theirs: Tensors, ours: Tensors) -> dict[str, tuple[str, str]]:
         holders = [
             name for name, held in ours.items() if _equal(held, tensor) or (tensor.ndim == 2 and _equal(held, tensor.T))
         ]
-        distinct = [name for place, name in enumerate(holders) if not any(ours[n] is ours[name] for n in holders[:place])]
+        distinct = list({ours[name].data_ptr(): name for name in reversed(holders)}.values())[::-1]
         for name in distinct[1:]:
-            if ours[name].data_ptr() != ours[distinct[0]].data_ptr():
-                found.setdefault(name, (source, distinct[0]))
+            found.setdefault(name, (source, distinct[0]))
     return found
 
 
@@ -257,7 +291,7 @@ def _repairs(ours: Tensors) -> Iterator[tuple[str, str, dict[str, torch.Tensor]]
     """(first tensor, words that follow "with", tensors to put in its and its fellows' place)."""
     fellows: dict[str, list[str]] = {}
     for name in ours:
-        fellows.setdefault(re.sub(r"\.\d+(?=\.|$)", ".*", name), []).append(name)
+        fellows.setdefault(_pattern(name), []).append(name)
     for pattern, names in fellows.items():
         if all(ours[name].ndim == 2 and len(set(ours[name].shape)) == 1 and len(ours[name]) > 1 for name in names):
             yield names[0], f"{pattern} transposed", {name: ours[name].T for name in names}
@@ -265,8 +299,8 @@ def _repairs(ours: Tensors) -> Iterator[tuple[str, str, dict[str, torch.Tensor]]
     for pattern in fellows:
         stems.setdefault(pattern.rpartition(".")[0], []).append(pattern)
     listed = list(stems)
-    for place, first in enumerate(listed):
-        for second in listed[place + 1 :]:
+    for index, first in enumerate(listed):
+        for second in listed[index + 1 :]:
             yield from _exchanges(ours, fellows, first, second, stems[first])
     for stem, patterns in stems.items():
         rows = {pattern: len(ours[fellows[pattern][0]]) for pattern in patterns if ours[fellows[pattern][0]].ndim}
@@ -292,7 +326,9 @@ def _exchanges(
         ):
             return
         pairs.append(list(zip(left, right, strict=True)))
-    choices: list[tuple[str, list[tuple[str, str]]]] = [(f"{first} and {second} exchanged", sum(pairs, []))]
+    choices: list[tuple[str, list[tuple[str, str]]]] = [
+        (f"{first} and {second} exchanged", [one for pair in pairs for one in pair])
+    ]
     if len(pairs) > 1:
         for pattern, pair in zip(patterns, pairs, strict=True):
             choices.append((f"{pattern} and {second + pattern.removeprefix(first)} exchanged", pair))
@@ -301,5 +337,3 @@ def _exchanges(
         for mine, its in pair:
             changed |= {mine: ours[its], its: ours[mine]}
         yield pair[0][0], words, changed
-
-
