@@ -30,6 +30,9 @@ ROOMY_ROWS, ROOMY_TOKENS = 2, 6
 OF_ATTENTION = ("backend.", "api.attentions", "masks.")
 """Checks that run every attention implementation of a port."""
 
+WITH_DROPOUT = ("forward.deterministic",)
+"""Checks that look at a model with dropout in its configuration."""
+
 Compared = list[tuple[str, torch.Tensor, torch.Tensor]]
 
 
@@ -59,15 +62,18 @@ def locate(trial: Trial, case: Case, check: Check, *, seconds: float = SECONDS) 
     return _contained(lambda: _look(here, case, check, until))
 
 
-def _roomy(trial: Trial, case: Case) -> Case:
-    """The same weights with a batch that leaves less to chance."""
+def _roomy(trial: Trial, case: Case, check: Check) -> Case:
+    """The same weights with a batch that leaves less to chance, and dropout where the check has it."""
     longest = case.fields.get(trial.family.maximum_length, case.tokens)
     tokens = max(case.tokens, min(longest, ROOMY_TOKENS))
-    return dataclasses.replace(case, rows=max(case.rows, ROOMY_ROWS), tokens=tokens)
+    fields = dict(case.fields)
+    if trial.family.dropout is not None and check.id in WITH_DROPOUT:
+        fields[trial.family.dropout] = 0.5
+    return dataclasses.replace(case, fields=fields, rows=max(case.rows, ROOMY_ROWS), tokens=tokens)
 
 
 def _look(trial: Trial, case: Case, check: Check, until: float) -> Divergence | None:
-    roomy = _roomy(trial, case)
+    roomy = _roomy(trial, case, check)
     pair = prepare(trial, roomy)
     if found := _look_at(trial, roomy, pair, check, until):
         return found

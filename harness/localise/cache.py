@@ -112,9 +112,9 @@ def _steps(search: Search, setting: Setting, tokens: torch.Tensor) -> Iterator[t
 
 
 def _static(search: Search, tokens: torch.Tensor) -> Any:
-    from transformers import cache_utils
+    from transformers.cache_utils import StaticCache
 
-    made: Any = cache_utils.StaticCache
+    made: Any = StaticCache
     longest = search.case.fields[search.trial.family.maximum_length]
     options: dict[str, Any] = {"config": search.pair.port.config, "max_cache_len": longest}
     try:
@@ -182,7 +182,10 @@ def _module(search: Search, whole: list[Call], step: list[Call], row: int, posit
 def _why(search: Search, setting: Setting, row: int, position: int, start: int, actual: torch.Tensor) -> str | None:
     """What a position that differs is as if; each was seen to give the same logits in the port without a cache."""
     tokens, port, trial = setting.tokens, search.pair.port, search.trial
-    fits = lambda logits: distance(logits, actual[row, position]) <= search.bound  # noqa: E731
+
+    def fits(logits: torch.Tensor) -> bool:
+        return distance(logits, actual[row, position]) <= search.bound
+
     if takes(port, "position_ids"):
         real = torch.ones_like(tokens) if setting.mask is None else setting.mask
         right = (real.cumsum(-1) - 1).clamp(min=0)
@@ -190,7 +193,7 @@ def _why(search: Search, setting: Setting, row: int, position: int, start: int, 
         piece = slice(start, position + 1)
         for guess in dict.fromkeys((0, position - start, own - 1, own + 1, position, *range(own + 2))):
             moved = right.clone()
-            moved[:, piece] = right[:, piece] - own + guess
+            moved[row, piece] = right[row, piece] - own + guess
             if guess == own or int(moved.min()) < 0:
                 continue
             try:

@@ -31,7 +31,10 @@ def find(search: Search, comparison: Comparison) -> Divergence | None:
     if spot is None:
         return None
     said = next(while_there_is_time(_explanations(search, comparison, spot), search.until), None)
+    actual, expected = spot.output
     errors = f"out {spot.error_out:.1e}"
+    if actual.shape != expected.shape:
+        errors = f"out of shape {tuple(actual.shape)} instead of {tuple(expected.shape)}"
     if spot.error_in is not None:
         errors = f"in {spot.error_in:.1e}, {errors}"
     diverges = "diverge" if spot.name == "logits" else "diverges"

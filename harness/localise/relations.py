@@ -9,6 +9,9 @@ import torch
 
 from harness.localise.finding import explains
 
+AXES = ("row", "position", "channel")
+"""What the axes of a module's output stand for."""
+
 COUNTED = 4096
 """Axes longer than this are not searched for another order."""
 
@@ -37,6 +40,11 @@ def _candidates(
     actual: torch.Tensor, expected: torch.Tensor, given: torch.Tensor | None, vectors: Mapping[str, torch.Tensor]
 ) -> Iterator[tuple[str, torch.Tensor]]:
     if actual.shape != expected.shape:
+        if actual.ndim == expected.ndim:
+            for axis, name in enumerate(AXES[: expected.ndim]):
+                if actual.shape[axis] == 1:
+                    yield f"has the last {name} alone", expected.narrow(axis, -1, 1)
+                    yield f"has the first {name} alone", expected.narrow(axis, 0, 1)
         for first in range(expected.ndim):
             for second in range(first + 1, expected.ndim):
                 yield f"is the original's with axes {first} and {second} exchanged", expected.transpose(first, second)

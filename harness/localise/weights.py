@@ -92,13 +92,15 @@ def _of_names(
         for name, source in by_name.items()
         if ours[name].shape != theirs[source].shape or not torch.equal(ours[name].double(), theirs[source].double())
     }
+    # Tied tensors have several names; one is enough.
+    one_name = {ours[name].data_ptr(): name for name in reversed(wrong)}.values()
+    wrong = {name: source for name, source in wrong.items() if name in one_name}
     right = {name: theirs[source] for name, source in wrong.items() if ours[name].shape == theirs[source].shape}
     if not right or not _mended(search, comparison, right):
         return None
     wanted = _needed(search, right)
     right = {name: right[name] for name in wanted}
-    # Tied tensors have several names; one is enough.
-    names = [name for place, name in enumerate(right) if not any(ours[n] is ours[name] for n in list(right)[:place])]
+    names = list(right)
     for name in names:
         words = relation_of_tensors(name, by_name[name], theirs, ours, by_name)
         if words is not None:
