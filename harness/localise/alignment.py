@@ -9,7 +9,9 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 
 from harness.capture import Call, watch
-from harness.localise.finding import distance
+from harness.localise.finding import Search, distance
+from harness.narrowing import WORTH_A_LOOK, narrows
+from harness.numerics import FLOAT32_INSIDE_BOUND
 from harness.trial import Pair, Trial, port_logits, run_original
 
 
@@ -132,3 +134,16 @@ def _sizes(model: torch.nn.Module, calls: Iterable[Call]) -> dict[tuple[object, 
         if call.path not in paths and not any(call.path.startswith(path + ".") for path in paths):
             paths.append(call.path)
     return found
+
+
+def first_difference(search: Search, comparison: Comparison) -> Spot | None:
+    """The first spot whose output differs by more than the bound."""
+    return next((spot for spot in comparison.spots if not spot.error_out <= search.bound), None)
+
+
+def judged(search: Search, comparison: Comparison) -> Search:
+    """The search with the bound of a port that computes a part in float32, where the first difference is so small."""
+    spot = first_difference(search, comparison)
+    if spot is None or spot.error_out > WORTH_A_LOOK or not narrows(search.trial, search.case):
+        return search
+    return dataclasses.replace(search, bound=FLOAT32_INSIDE_BOUND)

@@ -15,12 +15,10 @@ import torch
 
 from harness.capture import Call, watch
 from harness.families import Tap
-from harness.localise import operations, tensors
-from harness.localise.alignment import Comparison, Spot, compare
+from harness.localise import operations, tensors, weights
+from harness.localise.alignment import Comparison, Spot, compare, first_difference, judged
 from harness.localise.finding import Divergence, Search, distance, explains, while_there_is_time
 from harness.localise.relations import factor_between, number, relation_of_outputs
-from harness.narrowing import WORTH_A_LOOK, narrows
-from harness.numerics import FLOAT32_INSIDE_BOUND
 from harness.trial import field_known_by, port_logits, prepare, run_original, takes
 
 
@@ -43,19 +41,6 @@ def find(search: Search, comparison: Comparison) -> Divergence | None:
         place += f" ({spot.port.path} in the port)"
     sentence = f"{place} {diverges} ({errors})" + (f": {said}" if said else "")
     return Divergence(module=spot.name, sentence=sentence, error_in=spot.error_in, error_out=spot.error_out)
-
-
-def first_difference(search: Search, comparison: Comparison) -> Spot | None:
-    """The first spot whose output differs by more than the bound."""
-    return next((spot for spot in comparison.spots if not spot.error_out <= search.bound), None)
-
-
-def judged(search: Search, comparison: Comparison) -> Search:
-    """The search with the bound of a port that computes a part in float32, where the first difference is so small."""
-    spot = first_difference(search, comparison)
-    if spot is None or spot.error_out > WORTH_A_LOOK or not narrows(search.trial, search.case):
-        return search
-    return dataclasses.replace(search, bound=FLOAT32_INSIDE_BOUND)
 
 
 def _explanations(search: Search, comparison: Comparison, spot: Spot) -> Iterator[str]:
@@ -88,6 +73,7 @@ def _explanations(search: Search, comparison: Comparison, spot: Spot) -> Iterato
         yield from _of_order(search, comparison, spot, [*_before(search, spot), spot.name])
     if not agreed:
         yield from _of_embeddings(search, spot)
+    yield from weights.repairs(search, comparison)
 
 
 def _changes_from_call_to_call(search: Search) -> bool:

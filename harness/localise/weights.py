@@ -9,9 +9,8 @@ from collections.abc import Iterator, Mapping
 
 import torch
 
-from harness.localise.alignment import Comparison, compare
+from harness.localise.alignment import Comparison, compare, judged
 from harness.localise.finding import Divergence, Search, distance, while_there_is_time
-from harness.localise.forward import judged
 from harness.localise.relations import (
     describe_order,
     factor_between,
@@ -42,8 +41,6 @@ def find(search: Search, comparison: Comparison) -> Divergence | None:
     found = _of_names(search, comparison, theirs, ours, by_name)
     if found is None and len(by_name) < len(theirs):
         found = _of_contents(theirs, ours)
-    if found is None and (len(by_name) < len(theirs) or _arranged_anew(theirs, ours, by_name)):
-        found = _of_repairs(search, comparison, ours)
     return found
 
 
@@ -277,26 +274,28 @@ def _doubled(theirs: Tensors, ours: Tensors) -> dict[str, tuple[str, str]]:
 # --- by trying, whatever the names ---
 
 
-def _arranged_anew(theirs: Tensors, ours: Tensors, by_name: Mapping[str, str]) -> bool:
-    return any(not _equal(ours[name], theirs[source]) for name, source in by_name.items())
-
-
-def _of_repairs(search: Search, comparison: Comparison, ours: Tensors) -> Divergence | None:
-    """Changes of the port's tensors, the same in every layer, one of which makes it agree."""
-    for name, words, changed in while_there_is_time(_repairs(ours), search.until):
+def repairs(search: Search, comparison: Comparison) -> Iterator[str]:
+    """Changes of the port's tensors, the same in every layer, with which it agrees, where its names are its own."""
+    ours, theirs = _parameters(search.pair.port), _parameters(search.pair.original)
+    if all(_holds(ours, search.trial.family.port_key(name), tensor) for name, tensor in theirs.items()):
+        return
+    for words, changed in while_there_is_time(_repairs(ours), search.until):
         if _mended(search, comparison, changed):
-            return Divergence(module=name, sentence=f"with {words} the port agrees with the original")
-    return None
+            yield f"with {words} the port agrees with the original"
 
 
-def _repairs(ours: Tensors) -> Iterator[tuple[str, str, dict[str, torch.Tensor]]]:
-    """(first tensor, words that follow "with", tensors to put in its and its fellows' place)."""
+def _holds(ours: Tensors, name: str, tensor: torch.Tensor) -> bool:
+    return name in ours and _equal(ours[name], tensor)
+
+
+def _repairs(ours: Tensors) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
+    """Words that follow "with", and tensors to put in the place of those of these names."""
     fellows: dict[str, list[str]] = {}
     for name in ours:
         fellows.setdefault(_pattern(name), []).append(name)
     for pattern, names in fellows.items():
         if all(ours[name].ndim == 2 and len(set(ours[name].shape)) == 1 and len(ours[name]) > 1 for name in names):
-            yield names[0], f"{pattern} transposed", {name: ours[name].T for name in names}
+            yield f"{pattern} transposed", {name: ours[name].T for name in names}
     stems: dict[str, list[str]] = {}
     for pattern in fellows:
         stems.setdefault(pattern.rpartition(".")[0], []).append(pattern)
@@ -310,15 +309,15 @@ def _repairs(ours: Tensors) -> Iterator[tuple[str, str, dict[str, torch.Tensor]]
             names = [name for pattern in patterns if rows.get(pattern) == count for name in fellows[pattern]]
             for words, order in (*orders_of_thirds(count), *orders_of_heads(count)):
                 back = order.argsort()
-                yield names[0], f"{stem} given {words}", {name: ours[name][back] for name in names}
+                yield f"{stem} given {words}", {name: ours[name][back] for name in names}
             for shift, words in ((-1, "early"), (1, "late")):
                 changed = {name: ours[name].roll(shift, 0) for name in names}
-                yield names[0], f"the rows of {stem} moved one place ({words})", changed
+                yield f"the rows of {stem} moved one place ({words})", changed
 
 
 def _exchanges(
     ours: Tensors, fellows: Mapping[str, list[str]], first: str, second: str, patterns: list[str]
-) -> Iterator[tuple[str, str, dict[str, torch.Tensor]]]:
+) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
     pairs = []
     for pattern in patterns:
         other = second + pattern.removeprefix(first)
@@ -338,4 +337,4 @@ def _exchanges(
         changed: dict[str, torch.Tensor] = {}
         for mine, its in pair:
             changed |= {mine: ours[its], its: ours[mine]}
-        yield pair[0][0], words, changed
+        yield words, changed
