@@ -59,7 +59,7 @@ def locate(trial: Trial, case: Case, check: Check, *, seconds: float = SECONDS) 
     backend = "torch-cpu" if trial.backend in NO_FLOAT64 else trial.backend
     here = dataclasses.replace(trial, route=main_route(trial.port), backend=backend, dtype="float64")
     until = time.monotonic() + seconds
-    return _contained(lambda: _look(here, case, check, until))
+    return _contained(lambda: _look(here, case, check, trial.dtype, until))
 
 
 def _roomy(trial: Trial, case: Case, check: Check) -> Case:
@@ -72,20 +72,20 @@ def _roomy(trial: Trial, case: Case, check: Check) -> Case:
     return dataclasses.replace(case, fields=fields, rows=max(case.rows, ROOMY_ROWS), tokens=tokens)
 
 
-def _look(trial: Trial, case: Case, check: Check, until: float) -> Divergence | None:
+def _look(trial: Trial, case: Case, check: Check, dtype: str, until: float) -> Divergence | None:
     roomy = _roomy(trial, case, check)
     pair = prepare(trial, roomy)
-    if found := _look_at(trial, roomy, pair, check, until):
+    if found := _look_at(trial, roomy, pair, check, dtype, until):
         return found
     # A fault may show with this very batch alone.
-    return _look_at(trial, case, dataclasses.replace(pair, batch=draw(trial, case)), check, until)
+    return _look_at(trial, case, dataclasses.replace(pair, batch=draw(trial, case)), check, dtype, until)
 
 
-def _look_at(trial: Trial, case: Case, pair: Pair, check: Check, until: float) -> Divergence | None:
-    from harness.localise import cache, forward, masks, weights
+def _look_at(trial: Trial, case: Case, pair: Pair, check: Check, dtype: str, until: float) -> Divergence | None:
+    from harness.localise import cache, forward, gradients, masks, ways, weights
     from harness.localise.alignment import compare
 
-    search = Search(trial=trial, case=case, pair=pair, check=check.id, until=until, bound=SEMANTICS_BOUND)
+    search = Search(trial=trial, case=case, pair=pair, check=check.id, dtype=dtype, until=until, bound=SEMANTICS_BOUND)
 
     def side_by_side(search: Search, *looks: Callable[..., Divergence | None]) -> Divergence | None:
         comparison = compare(trial, search.pair, case.fields, pair.batch.tokens)
@@ -104,6 +104,8 @@ def _look_at(trial: Trial, case: Case, pair: Pair, check: Check, until: float) -
     looks: list[Callable[[], Divergence | None]] = [
         lambda: side_by_side(search, weights.find, forward.find),
         in_eager,
+        lambda: ways.find(search),
+        lambda: gradients.find(search),
         lambda: masks.find(search),
         lambda: cache.find(search),
     ]

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,7 +13,7 @@ import torch
 from harness.capture import Call, watch
 from harness.cases.batches import Side, pad
 from harness.errors import ParityError
-from harness.localise.finding import Divergence, Search, distance
+from harness.localise.finding import Divergence, Search, distance, require_time, while_there_is_time
 from harness.localise.visibility import is_seen, is_unseen, listed, visible
 from harness.trial import call_port, port_logits, takes
 
@@ -42,9 +41,7 @@ def find(search: Search) -> Divergence | None:
         return None
     if not takes(search.pair.port, "past_key_values"):
         return None
-    for setting in _settings(search):
-        if time.monotonic() > search.until:
-            return None
+    for setting in while_there_is_time(_settings(search), search.until):
         try:
             found = _of_setting(search, setting)
         except (AttributeError, IndexError, RuntimeError, TypeError, ValueError, ParityError):
@@ -94,6 +91,7 @@ def _steps(search: Search, setting: Setting, tokens: torch.Tensor) -> Iterator[t
     cached = _static(search, tokens) if setting.static else None
     start = 0
     for size in setting.chunks:
+        require_time(search)
         last = start + size == tokens.shape[1]
         options: dict[str, Any] = {"past_key_values": cached, "use_cache": setting.asked_back or not last}
         if setting.mask is not None:

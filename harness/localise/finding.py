@@ -38,13 +38,15 @@ class Divergence:
 class Search:
     """One search: a failing case in float64 on the port's own route, until a moment of `time.monotonic`.
 
-    check: id of the check that failed. bound: the relative error up to which two tensors are the same.
+    check: id of the check that failed. dtype: what it failed in. bound: the relative error up to which two tensors are
+    the same.
     """
 
     trial: Trial
     case: Case
     pair: Pair
     check: str
+    dtype: str
     until: float
     bound: float
 
@@ -55,6 +57,12 @@ def while_there_is_time(items: Iterable[Item], until: float) -> Iterator[Item]:
         if time.monotonic() > until:
             return
         yield item
+
+
+def require_time(search: Search) -> None:
+    """Raises TimeoutError when the moment has come; asked before every run of a model."""
+    if time.monotonic() > search.until:
+        raise TimeoutError("no time is left to look into this failure")
 
 
 def distance(actual: torch.Tensor | None, expected: torch.Tensor | None) -> float:

@@ -13,7 +13,7 @@ import torch
 from harness.cases.batches import Side, pad
 from harness.errors import ParityError
 from harness.localise import operations
-from harness.localise.finding import Divergence, Search, distance, while_there_is_time
+from harness.localise.finding import Divergence, Search, distance, require_time, while_there_is_time
 from harness.localise.visibility import is_seen, is_unseen, visible
 from harness.numerics import FLOAT32_INSIDE_BOUND
 from harness.trial import each_attention, port_logits, run_original, takes
@@ -133,6 +133,7 @@ def _of_setting(search: Search, setting: Setting) -> Divergence | None:
 
 
 def _port(search: Search, setting: Setting, tokens: torch.Tensor, **options: Any) -> torch.Tensor:
+    require_time(search)
     return port_logits(search.trial, search.pair.port, tokens, **setting.options, **options)
 
 

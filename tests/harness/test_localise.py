@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 from harness.capture import capture
 from harness.cases import Case
@@ -187,12 +188,46 @@ def test_a_planted_bug_is_found_where_it_is_and_told(
             "one token at a time, static",
         ),
         ("dropout-in-evaluation", "forward.deterministic", "block.0.attn", "it gives something else at every call"),
+        (
+            "embeds-scaled-alone",
+            "forward.inputs_embeds",
+            "embedding",
+            "its output has 0.5x the output of transformer.wte",
+        ),
+        (
+            "logits-centred-over-batch",
+            "forward.rows_independent",
+            "logits",
+            "has its mean over the rows taken out",
+        ),
+        (
+            "mask-minus-infinity",
+            "masks.all_masked_row",
+            "block.0.attn",
+            "whose output is not finite (row 1, position 0)",
+        ),
+        (
+            "generation-counts-padding",
+            "generation.left_padded",
+            "prepare_inputs",
+            "row 2 position 1 instead of 0 (step 0",
+        ),
+        ("gradient-detached", "training.gradients", "block.1.mlp", "): none reaches its input"),
+        (
+            "eager-detached",
+            "backend.attention_gradients",
+            "block.1.attn",
+            "with eager attention, block.1.attn passes back",
+        ),
+        ("positions-ignore-mask-training", "training.gradients_masked", "row 0", "in training mode, with padding on"),
         ("tie-undeclared", "weights.tied", "lm_head.weight", "are two tensors in the port, one in the original"),
     ],
 )
 def test_masks_caches_and_ties_name_the_place(
     mutant: str, check: str, module: str, said: str, shared: Session, tmp_path: Path
 ) -> None:
+    if mutant == "tie-undeclared" and transformers.__version__ < "5":
+        pytest.skip("transformers 4 ties the head without being told")
     planted = plant(MUTANTS[mutant], PORT, tmp_path / "port")
     found = located(planted, shared, tmp_path, check, case=dataclasses.replace(CASE, rows=3))
     assert found is not None
