@@ -69,7 +69,7 @@ def _candidates(
         yield f"has {describe_order(order, 'channels')}", expected[..., order]
     for axis, name in enumerate(AXES[: expected.ndim]):
         if expected.shape[axis] > 1:
-            yield f"has its mean over the {name}s taken out", expected - expected.mean(dim=axis, keepdim=True)
+            yield f"has the mean over the {name}s taken out", expected - expected.mean(dim=axis, keepdim=True)
     for first in range(expected.ndim):
         for second in range(first + 1, expected.ndim):
             if expected.shape[first] == expected.shape[second] > 1:

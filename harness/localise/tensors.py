@@ -20,11 +20,12 @@ def edits(module: torch.nn.Module, *, others: Mapping[str, torch.Tensor]) -> Ite
     """
     own = {name: parameter.detach() for name, parameter in module.named_parameters()}
     for name, tensor in own.items():
-        yield f"as if {name} were zero", {name: torch.zeros_like(tensor)}
+        called = name if "." in name else f"its {name}"
+        yield f"as if {called} were zero", {name: torch.zeros_like(tensor)}
         if tensor.ndim == 1:
-            yield f"as if {name} were one", {name: torch.ones_like(tensor)}
+            yield f"as if {called} were one", {name: torch.ones_like(tensor)}
         if tensor.ndim == 2 and tensor.shape[0] == tensor.shape[1] > 1:
-            yield f"as if {name} were transposed", {name: tensor.T.contiguous()}
+            yield f"as if {called} were transposed", {name: tensor.T.contiguous()}
     biases = {name: torch.zeros_like(tensor) for name, tensor in own.items() if name.endswith("bias")}
     if len(biases) > 1:
         yield "as if all its biases were zero", biases
@@ -38,7 +39,8 @@ def edits(module: torch.nn.Module, *, others: Mapping[str, torch.Tensor]) -> Ite
     for name, tensor in own.items():
         for other, stranger in others.items():
             if stranger.shape == tensor.shape and not torch.equal(stranger, tensor):
-                yield f"as if {other} stood in the place of {name}", {name: stranger}
+                called = name if "." in name else f"its {name}"
+                yield f"as if {other} stood in the place of {called}", {name: stranger}
 
 
 def _swapped(own: Mapping[str, torch.Tensor]) -> Iterator[Edit]:
@@ -100,6 +102,10 @@ def _reordered(own: Mapping[str, torch.Tensor]) -> Iterator[Edit]:
         matrix = next((tensor for tensor in rows.values() if tensor.ndim == 2), None)
         if matrix is None:
             continue
+        if matrix.shape[0] == matrix.shape[1] and stem:
+            alike = {name: torch.zeros_like(tensor) for name, tensor in rows.items()}
+            alike |= {name: torch.eye(len(t), dtype=t.dtype) for name, t in rows.items() if t.ndim == 2}
+            yield f"as if {stem} were left out", alike
         outputs = {name: tensor for name, tensor in rows.items() if tensor.shape[0] == matrix.shape[0]}
         for words, order in (*orders_of_thirds(matrix.shape[0]), *orders_of_heads(matrix.shape[0])):
             yield f"it has {words}{where}", {name: tensor[order] for name, tensor in outputs.items()}

@@ -85,7 +85,7 @@ def located(
             "block.0.attn",
             "scores are 2x the original's before the softmax, which is the root of the head",
         ),
-        ("scale-doubled", "block.0.attn", "scores are 2x the original's before the softmax"),
+        ("scale-doubled", "block.0.attn", "scores are 2x the original's before the softmax$"),
         ("scale-by-width", "block.0.attn", "scores are 0.7071x the original's before the softmax"),
         ("query-key-swapped", "block.0.attn", "q and k exchanged, in c_attn"),
         ("key-value-swapped", "block.0.attn", "k and v exchanged, in c_attn"),
@@ -95,8 +95,8 @@ def located(
         ("gelu-relu", "block.0.mlp", "its activation is ReLU"),
         ("epsilon-1e-6", "block.0.ln_1", "its epsilon is 1e-06, the original's is 1e-05"),
         ("epsilon-of-last-norm", "final_norm", "its epsilon is 1e-06, the original's is 1e-05"),
-        ("norm-missing", "block.0.attn", "as if block.0.ln_1 were skipped"),
-        ("norms-exchanged", "block.0.mlp", "as if block.0.ln_1 ran in the place of block.0.ln_2"),
+        ("norm-missing", "block.0.ln_1", "as if block.0.ln_1 were skipped"),
+        ("norms-exchanged", "block.0.ln_2", "as if block.0.ln_1 ran in the place of block.0.ln_2"),
         ("post-norm", "block.0.ln_2", "the port runs block.0.mlp before block.0.ln_2"),
         # It runs, and its output is dropped behind its tap.
         ("last-norm-missing", "head", "is the output of block.1 instead of the output of final_norm"),
@@ -105,13 +105,13 @@ def located(
         (
             "embedding-scaled",
             "embedding",
-            "has 2.828x the output of transformer.wte (2.828 is the root of the width 8)",
+            "has 2.828x the output of transformer.wte (2.828 is the root of the width, 8)",
         ),
         ("attention-residual-dropped", "block.0.ln_2", "what it is given lacks the output of embedding"),
         ("mlp-residual-dropped", "block.0", "its output lacks the input of block.0.ln_2"),
         ("branches-parallel", "block.0.ln_2", "what it is given lacks the output of block.0.attn"),
         ("residual-shifted", "block.0", "what it is given is the original's plus 1"),
-        ("logits-scaled", "logits", "0.3536x the original's (0.3536 is one over the root of the width 8)"),
+        ("logits-scaled", "logits", "they are 0.3536x the original's (0.3536 is one over the root of the width, 8)"),
         ("logits-of-last-position", "head", "out of shape (2, 1, 13) instead of (2, 6, 13)"),
         ("converter-transposes", "transformer.h.0.attn.c_proj.weight", "c_proj.weight transposed (and 1 more tensor)"),
         ("converter-drops-biases", "transformer.h.0.ln_1.bias", "is zero, and not the original's"),
@@ -133,7 +133,8 @@ def test_a_planted_bug_is_found_where_it_is_and_told(
     found = located(planted, shared, tmp_path)
     assert found is not None
     assert found.module == module, found
-    assert said in found.sentence, found
+    # A dollar stands for the end: two is the root of the head size here, and that is not what was planted.
+    assert said in found.sentence + "$", found
 
 
 @pytest.mark.parametrize(
@@ -198,7 +199,7 @@ def test_a_planted_bug_is_found_where_it_is_and_told(
             "logits-centred-over-batch",
             "forward.rows_independent",
             "logits",
-            "has its mean over the rows taken out",
+            "they have the mean over the rows taken out",
         ),
         (
             "mask-minus-infinity",
@@ -233,6 +234,104 @@ def test_masks_caches_and_ties_name_the_place(
     assert found is not None
     assert found.module.startswith(module), found
     assert said in found.sentence, found
+
+
+MODEL = MUTANTS["gelu-tanh"].file
+PROJECTED = "        output = self.c_proj(output.reshape(*input_shape, -1))\n"
+MLP = "self.dropout(self.c_proj(self.gelu(self.c_fc(hidden_states))))"
+NORMED = "self.attn(self.ln_1(hidden_states), **kwargs)"
+FIRST_NORM = "self.ln_1 = nn.LayerNorm(config.n_embd, eps=LAYER_NORM_EPSILON"
+SUM = "hidden_states + self.mlp(self.ln_2(hidden_states)), weights"
+EMBEDDED = "self.drop(inputs_embeds + self.wpe(positions))"
+LOGITS = "logits = self.lm_head(outputs.last_hidden_state[:, kept])"
+BLOCKS = "        for block in self.h:\n            if output_hidden"
+
+
+@pytest.mark.parametrize(
+    ("find", "replace", "module", "said"),
+    [
+        (
+            PROJECTED,
+            PROJECTED + "        output = output * 1.01\n",
+            "block.0.attn",
+            "its output is 1.01x the original's",
+        ),
+        (
+            PROJECTED,
+            "        output = output.reshape(*input_shape, -1)\n",
+            "block.0.attn",
+            "as if c_proj were left out",
+        ),
+        (
+            PROJECTED,
+            PROJECTED + "        output = output + self.c_proj.bias\n",
+            "block.0.attn",
+            "with transformer.h.0.attn.c_proj.bias once too often",
+        ),
+        (
+            PROJECTED,
+            "        output = nn.functional.linear(output.reshape(*input_shape, -1), self.c_proj.weight)\n",
+            "block.0.attn",
+            "as if c_proj.bias were zero",
+        ),
+        ("self.scaling = self.head_dim**-0.5", "self.scaling = 1 / self.head_dim", "block.0.attn", "one over the root"),
+        (MLP, MLP.replace("self.gelu(", "(").replace("((", "(("), "block.0.mlp", "its activation is no activation"),
+        (
+            NORMED,
+            "self.attn(nn.functional.rms_norm(hidden_states, hidden_states.shape[-1:], self.ln_1.weight, 1e-5)"
+            " + self.ln_1.bias, **kwargs)",
+            "block.0.ln_1",
+            "it does not take the mean out, as RMSNorm",
+        ),
+        (
+            "eps=LAYER_NORM_EPSILON, bias=config.bias)\n        self.attn",
+            "eps=2e-5)\n        self.attn",
+            "block.0.ln_1",
+            "2e-05",
+        ),
+        (
+            f"return {SUM}",
+            "normed = self.ln_2(hidden_states)\n        return normed + self.mlp(normed), weights",
+            "block.0",
+            "has the output of block.0.ln_2 in the place of the input of block.0.ln_2",
+        ),
+        (f"return {SUM}", f"return 2 * {SUM}", "block.0", "its output has 2x the input of block.0.ln_2"),
+        (f"return {SUM}", "return hidden_states, weights", "block.0", "lacks the output of transformer.h.0.mlp"),
+        (EMBEDDED, EMBEDDED.replace("+ self", "- self"), "embedding", "has -1x the output of transformer.wpe"),
+        (EMBEDDED, EMBEDDED.replace("+ self", "+ 0.5 * self"), "embedding", "has 0.5x the output of transformer.wpe"),
+        (LOGITS, f"{LOGITS}\n        logits = 30 * torch.tanh(logits / 30)", "logits", "they are capped softly at 30"),
+        (LOGITS, f"{LOGITS}.log_softmax(-1)", "logits", "they are log-probabilities"),
+        (LOGITS, f"{LOGITS}.roll(1, 1)", "logits", "they are the original's, one position too late"),
+        (BLOCKS, BLOCKS.replace("self.h:", "self.h[:-1]:"), "block.1", "as if block.1 were skipped"),
+        (BLOCKS, BLOCKS.replace("self.h:", "[self.h[0], *self.h]:"), "block.1.ln_1", "the port runs block.0 2 times"),
+    ],
+)
+def test_a_fault_that_no_planted_bug_has_is_told_too(
+    find: str, replace: str, module: str, said: str, shared: Session, tmp_path: Path
+) -> None:
+    bug = Mutant(id="new", file=MODEL, find=find, replace=replace, bug="a fault", killers=("*",))
+    found = located(plant(bug, PORT, tmp_path / "port"), shared, tmp_path)
+    assert found is not None
+    assert found.module == module, found
+    assert said in found.sentence, found
+
+
+@pytest.mark.parametrize(
+    ("find", "replace", "module"),
+    [
+        (MLP, MLP.replace("self.c_fc(hidden_states))", "self.c_fc(hidden_states)).clamp(max=0.7)"), "block.0.mlp"),
+        (PROJECTED, PROJECTED.replace("output.reshape", "output.abs().reshape"), "block.0.attn"),
+        (EMBEDDED, EMBEDDED.replace("self.wpe(", "self.wpe(2 * ").replace("positions)", "positions % 8)"), "embedding"),
+    ],
+)
+def test_a_fault_that_is_not_simple_gets_no_simple_name(
+    find: str, replace: str, module: str, shared: Session, tmp_path: Path
+) -> None:
+    bug = Mutant(id="new", file=MODEL, find=find, replace=replace, bug="a fault", killers=("*",))
+    found = located(plant(bug, PORT, tmp_path / "port"), shared, tmp_path)
+    assert found is not None
+    assert found.module == module
+    assert re.fullmatch(rf"{re.escape(module)} diverges \(in \S+, out \S+\)", found.sentence), found
 
 
 def test_the_errors_before_and_after_are_given(shared: Session, tmp_path: Path) -> None:

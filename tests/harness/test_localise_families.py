@@ -124,6 +124,7 @@ FAMILY = Family(
     original="elsewhere:Model",
     build_original=build,
     run_original=run,
+    fields={"heads": ("num_attention_heads",), "width": ("hidden_size",)},
     taps=taps,
     maximum_length="longest",
     gains={r"(tokens|places|head)\.weight$": 2.0, r"\.(q|k)\.weight$": 1.7, r"gain$": 1.0},

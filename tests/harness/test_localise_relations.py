@@ -132,9 +132,9 @@ def test_nothing_is_said_of_a_tensor_that_was_drawn_anew() -> None:
 def test_what_if_edits_change_what_they_say() -> None:
     linear = torch.nn.Linear(6, 6)
     said = dict(edits(linear, others={"elsewhere": torch.zeros(6)}))
-    assert torch.equal(said["as if weight were transposed"]["weight"], linear.weight.T)
-    assert torch.equal(said["as if bias were zero"]["bias"], torch.zeros(6))
-    assert torch.equal(said["as if elsewhere stood in the place of bias"]["bias"], torch.zeros(6))
+    assert torch.equal(said["as if its weight were transposed"]["weight"], linear.weight.T)
+    assert torch.equal(said["as if its bias were zero"]["bias"], torch.zeros(6))
+    assert torch.equal(said["as if elsewhere stood in the place of its bias"]["bias"], torch.zeros(6))
     exchanged = said["it has q and k exchanged"]
     assert torch.equal(exchanged["weight"], linear.weight[[2, 3, 0, 1, 4, 5]])
     assert torch.equal(exchanged["bias"], linear.bias[[2, 3, 0, 1, 4, 5]])
