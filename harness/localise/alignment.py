@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 
 from harness.capture import Call, watch
+from harness.families import Tap
 from harness.localise.finding import Search, distance
 from harness.narrowing import WORTH_A_LOOK, narrows
 from harness.numerics import FLOAT32_INSIDE_BOUND
@@ -78,6 +79,8 @@ def compare(trial: Trial, pair: Pair, fields: Mapping[str, object], tokens: torc
                 silent.append(tap.name)
         else:
             partner = ran.get(partners.get(tap.original, ""))
+            if partner is not None and not _plausible(tap, call, partner, spots, partners):
+                partner = None
         if partner is None or partner.output is None:
             unseen.append((tap.name, call))
             continue
@@ -95,6 +98,16 @@ def compare(trial: Trial, pair: Pair, fields: Mapping[str, object], tokens: torc
     last = next((spot.output for spot in reversed(spots)), None)
     spots.append(Spot(name="logits", original=None, port=None, given=last, output=(ours.cpu(), theirs.cpu())))
     return Comparison(spots=spots, silent=silent, original=expected, port=actual)
+
+
+def _plausible(tap: Tap, theirs: Call, ours: Call, spots: Iterable[Spot], partners: Mapping[str, str]) -> bool:
+    """Whether a partner of the right size is given what the original's is given, and stands in the partner's block."""
+    if theirs.inputs and _given(ours, theirs) is None:
+        return False
+    for outer, its in partners.items():
+        if tap.original.startswith(outer + ".") and not ours.path.startswith(its + "."):
+            return False
+    return not any(spot.port is not None and spot.port.path == ours.path for spot in spots)
 
 
 def _same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:

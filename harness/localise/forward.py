@@ -74,8 +74,21 @@ def _explanations(search: Search, comparison: Comparison, spot: Spot) -> Iterato
         yield from of_order(search, comparison, spot, taps_before(search, spot))
     if not agreed:
         yield from of_embeddings(search, spot)
+        yield from _of_whatever_holds_it(search, comparison, spot)
         yield from of_turns(comparison)
     yield from weights.repairs(search, comparison)
+
+
+def _of_whatever_holds_it(search: Search, comparison: Comparison, spot: Spot) -> Iterator[str]:
+    """The same for the block that a place stands in, or the whole model, where the port has no module in between."""
+    path = spot.original.path if spot.original is not None else ""
+    for other in comparison.spots:
+        holds_it = other.original is not None and path.startswith(other.original.path + ".")
+        if holds_it and other.error_in is not None and other.error_in <= search.bound:
+            yield from (f"in {other.name}, {said}" for said in of_module(search, other))
+    last = comparison.spots[-1]
+    if last is not spot and not last.error_out <= search.bound:
+        yield from (f"in the whole model, {said}" for said in of_whole(search, last))
 
 
 def _changes_from_call_to_call(search: Search) -> bool:

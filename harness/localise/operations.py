@@ -140,13 +140,15 @@ def causality_shifted(by: int | None) -> Rule:
         name = name_of(function)
         if name == "scaled_dot_product_attention" and _argument(args, kwargs, 5, "is_causal", False):
             query, key, value = args[:3] if len(args) > 2 else (kwargs["query"], kwargs["key"], kwargs["value"])
-            allowed = None
+            mask = None
             if by is not None:
-                allowed = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool).tril(by)
+                hidden = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool).triu(by + 1)
+                # A row that sees nothing sees everything alike, as where masks are the lowest number.
+                mask = query.new_zeros(hidden.shape).masked_fill(hidden, torch.finfo(query.dtype).min)
             scale = _argument(args, kwargs, 6, "scale")
-            return functional.scaled_dot_product_attention(query, key, value, attn_mask=allowed, scale=scale)
+            return functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
         if name == "masked_fill" and float(_argument(args, kwargs, 2, "value", 0.0)) < MASKED:
-            return function(args[0], _moved(args[1], by), *args[2:], **kwargs)
+            return function(args[0], _moved(args[1], by), torch.finfo(args[0].dtype).min)
         return function(*args, **kwargs)
 
     return rule

@@ -237,11 +237,10 @@ def _of_contents(theirs: Tensors, ours: Tensors) -> Divergence | None:
                 f"tensor {name} holds the original's {other}, as {first} does, and no number of {source} is in the port"
             )
             return Divergence(module=name, sentence=said + more)
-    zero = next((n for n, held in strange.items() if not bool(held.any()) and held.shape == theirs[source].shape), None)
-    also = f"; {zero} of its shape is zero" if zero else ""
-    return Divergence(
-        module=zero or source, sentence=f"no number of the original's {source} is in the port{more}{also}"
-    )
+    zero = [name for name, held in strange.items() if held.shape == theirs[source].shape and not bool(held.any())]
+    rest = f" and {len(zero) - 1} more of its shape are" if len(zero) > 1 else ", of its shape, is"
+    said = f"no number of the original's {source} is in the port{more}" + (f"; {zero[0]}{rest} zero" if zero else "")
+    return Divergence(module=zero[0] if len(zero) == 1 else source, sentence=said)
 
 
 def _pieces(tensor: torch.Tensor, shape: torch.Size) -> Iterator[tuple[str, torch.Tensor]]:

@@ -197,6 +197,8 @@ def test_a_renamed_copy_diverges_nowhere(shared: Session, tmp_path: Path) -> Non
     assert located(shared, tmp_path, renamed=True) is None
 
 
+MASKED = """dtype=torch.bool).triu(1)
+        scores = scores.masked_fill(later, float("-inf"))"""
 INTERLEAVED = ".view(rows, count, self.size, self.heads).permute(0, 3, 1, 2)"
 PROJECTION = "return self.o(mixed.transpose(1, 2).reshape(rows, count, width))"
 TRANSPOSED = "return mixed.transpose(1, 2).reshape(rows, count, width) @ self.o.weight + self.o.bias"
@@ -208,6 +210,7 @@ TRANSPOSED = "return mixed.transpose(1, 2).reshape(rows, count, width) @ self.o.
     [
         (" / math.sqrt(self.size)", "", "attention", "are 2x the original's before the softmax, which is the root of"),
         (".triu(1)", ".triu(2)", "attention", "the causal mask is shifted by one"),
+        (MASKED, MASKED.replace("triu(1)", "triu(0)").replace('float("-inf")', "-1e30"), "attention", "sees itself"),
         ("scores = scores.masked_fill(later", "scores.masked_fill(later", "attention", "the causal mask is missing"),
         ("softmax(scores, dim=-1)", "softmax(scores.clamp(min=-1e9), dim=-2)", "attention", "runs over the queries"),
         (".view(rows, count, self.heads, self.size).transpose(1, 2)", INTERLEAVED, "attention", "to 2 heads in turn"),
@@ -248,7 +251,7 @@ def test_a_bug_in_a_model_that_is_written_out_is_told(
     [
         ("t * 0.5 if key.endswith('mlp.down.bias') else t", "layers.0.mlp.down.bias", "is 0.5x the original's"),
         ("t.T if key.endswith('o.weight') else t", "blocks.0.attention", "as if o.weight were transposed"),
-        ("0 * t if key.endswith('up.bias') else t", "layers.0.mlp.up.bias", "no number of the original's"),
+        ("0 * t if key.endswith('up.bias') else t", "blocks.0.feed.up.bias", "layers.0.mlp.up.bias and 1 more of its"),
         ("t.half().float() if 'embed_pos' in key else t", "embed_positions.weight", "rounded to float16"),
         ("t.roll(1, 0) if 'embed_pos' in key else t", "blocks.0.first", "one row too early"),
         ("tensors[key.replace('layers.1', 'layers.0')]", "layers.1.", "as layers.0.input_layernorm.gain does"),
