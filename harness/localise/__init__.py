@@ -75,7 +75,8 @@ def _roomy(trial: Trial, case: Case, check: Check) -> Case:
 def _look(trial: Trial, case: Case, check: Check, dtype: str, until: float) -> Divergence | None:
     roomy = _roomy(trial, case, check)
     pair = prepare(trial, roomy)
-    if found := _look_at(trial, roomy, pair, check, dtype, until):
+    found = _look_at(trial, roomy, pair, check, dtype, until)
+    if found is not None or roomy == case:
         return found
     # A fault may show with this very batch alone.
     return _look_at(trial, case, dataclasses.replace(pair, batch=draw(trial, case)), check, dtype, until)

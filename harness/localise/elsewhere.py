@@ -6,11 +6,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import time
 from collections.abc import Callable, Mapping
 
 from harness.localise import operations
 from harness.localise.alignment import Comparison, Spot, compare
-from harness.localise.finding import Search, explains, require_time
+from harness.localise.finding import Search, explains
 from harness.localise.relations import factor_between, number
 from harness.trial import field_known_by, prepare
 
@@ -97,12 +98,11 @@ def width_of(comparison: Comparison) -> int:
 
 
 def elsewhere(search: Search) -> tuple[Search, Comparison] | None:
-    """The same port with three heads of size five; None where the configuration has no such fields."""
+    """The same port with three heads of size five; None where the configuration has no such fields, or time is out."""
     trial, fields = search.trial, dict(search.case.fields)
     heads, wide = (field_known_by(trial, fields, name) for name in ("num_attention_heads", "hidden_size"))
-    if heads is None or wide is None:
+    if heads is None or wide is None or time.monotonic() > search.until:
         return None
-    require_time(search)
     case = dataclasses.replace(search.case, fields={**fields, heads: HEADS, wide: HEADS * HEAD_SIZE})
     pair = prepare(trial, case)
     other = dataclasses.replace(search, case=case, pair=pair)

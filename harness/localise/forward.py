@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Iterator
 
@@ -30,7 +31,9 @@ def find(search: Search, comparison: Comparison) -> Divergence | None:
     spot = first_difference(search, comparison)
     if spot is None:
         return None
-    said = next(while_there_is_time(_explanations(search, comparison, spot), search.until), None)
+    said = None
+    with contextlib.suppress(Exception):  # the place is known already; a cause is a courtesy
+        said = next(while_there_is_time(_explanations(search, comparison, spot), search.until), None)
     actual, expected = spot.output
     errors = f"out {spot.error_out:.1e}"
     if actual.shape != expected.shape:
