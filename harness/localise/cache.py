@@ -15,6 +15,7 @@ from harness.cases.batches import Side, pad
 from harness.errors import ParityError
 from harness.localise.finding import Divergence, Search, distance, require_time, while_there_is_time
 from harness.localise.visibility import is_seen, is_unseen, listed, visible
+from harness.ports import lacks
 from harness.trial import call_port, port_logits, takes
 
 CHECKS = ("generation.", "precision.cache", "remote_code.generation")
@@ -24,9 +25,11 @@ CHECKS = ("generation.", "precision.cache", "remote_code.generation")
 class Setting:
     """One way of feeding a sequence: chunk lengths, and a mask (rows, tokens) or None.
 
+    named: id of the check that is about it.
     static: into a StaticCache. asked_back: whether the last call says use_cache=True too.
     """
 
+    named: str
     name: str
     chunks: list[int]
     tokens: torch.Tensor
@@ -42,6 +45,8 @@ def find(search: Search) -> Divergence | None:
     if not takes(search.pair.port, "past_key_values"):
         return None
     for setting in while_there_is_time(_settings(search), search.until):
+        if lacks(search.trial.port, setting.named):
+            continue
         try:
             found = _of_setting(search, setting)
         except (AttributeError, IndexError, RuntimeError, TypeError, ValueError, ParityError):
@@ -54,18 +59,27 @@ def find(search: Search) -> Divergence | None:
 def _settings(search: Search) -> Iterator[Setting]:
     tokens = search.pair.batch.tokens
     count = tokens.shape[1]
-    plain = [Setting(name="one token at a time", chunks=[1] * count, tokens=tokens)]
+    plain = [Setting(named="generation.cache", name="one token at a time", chunks=[1] * count, tokens=tokens)]
     if count > 2:
-        plain.append(Setting(name=f"in chunks of 2 and {count - 2}", chunks=[2, count - 2], tokens=tokens))
+        plain.append(
+            Setting(
+                named="generation.chunked_prefill",
+                name=f"in chunks of 2 and {count - 2}",
+                chunks=[2, count - 2],
+                tokens=tokens,
+            )
+        )
     if search.check == "generation.chunked_prefill":
         plain.reverse()
     yield from plain
     if search.check == "generation.static_cache":
-        yield Setting(name="one token at a time, static", chunks=[1] * count, tokens=tokens, static=True)
+        yield Setting(
+            named=search.check, name="one token at a time, static", chunks=[1] * count, tokens=tokens, static=True
+        )
     family, fields = search.trial.family, search.case.fields
     if count > 1:
         name = "given to a last call with use_cache=False"
-        yield Setting(name=name, chunks=[count - 1, 1], tokens=tokens, asked_back=False)
+        yield Setting(named="generation.cache", name=name, chunks=[count - 1, 1], tokens=tokens, asked_back=False)
     if "masks" not in family.features or not takes(search.pair.port, "attention_mask") or count < 3:
         return
     sides: tuple[Side, ...] = ("left", "right")
@@ -79,7 +93,9 @@ def _settings(search: Search) -> Iterator[Setting]:
         )
         for chunks in ([2, *[1] * (count - 2)], [2, count - 2]):
             name = f"padded on the {side}, in chunks of {' and '.join(map(str, dict.fromkeys(chunks)))}"
-            yield Setting(name=name, chunks=chunks, tokens=padded.tokens, mask=padded.mask.long())
+            yield Setting(
+                named="generation.cache_masked", name=name, chunks=chunks, tokens=padded.tokens, mask=padded.mask.long()
+            )
 
 
 def _stepwise(search: Search, setting: Setting, tokens: torch.Tensor) -> torch.Tensor:

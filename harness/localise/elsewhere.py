@@ -105,6 +105,9 @@ def elsewhere(search: Search) -> tuple[Search, Comparison] | None:
         return None
     case = dataclasses.replace(search.case, fields={**fields, heads: HEADS, wide: HEADS * HEAD_SIZE})
     pair = prepare(trial, case)
+    attention = getattr(getattr(search.pair.port, "config", None), "_attn_implementation", None)
+    if attention is not None and hasattr(pair.port, "set_attn_implementation"):
+        pair.port.set_attn_implementation(attention)  # type: ignore[operator]
     other = dataclasses.replace(search, case=case, pair=pair)
     return other, compare(trial, pair, case.fields, pair.batch.tokens)
 

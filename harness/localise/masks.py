@@ -16,6 +16,7 @@ from harness.localise import operations
 from harness.localise.finding import Divergence, Search, distance, require_time, while_there_is_time
 from harness.localise.visibility import is_seen, is_unseen, visible
 from harness.numerics import FLOAT32_INSIDE_BOUND
+from harness.ports import lacks
 from harness.trial import each_attention, port_logits, run_original, takes
 
 CHECKS = ("masks.", "backend.attention", "precision.masks", "training.gradients_masked", "generation.left_padded")
@@ -37,7 +38,7 @@ LOOKED_AT = 8
 class Setting:
     """One way of giving a mask: tokens (rows, width), the port's options, and which tokens are real (rows, width).
 
-    named: a part of the ids of the checks that are about it. name: how a sentence about it begins.
+    named: id of the check that is about it. name: how a sentence about it begins.
     """
 
     named: str
@@ -52,7 +53,8 @@ def find(search: Search) -> Divergence | None:
     if not search.check.startswith((*CHECKS, *MORE_CHECKS)):
         return None
     # The likeliest to have failed first: what the check is called after.
-    settings = sorted(_settings(search), key=lambda setting: setting.named not in search.check)
+    asked = [each for each in _settings(search) if not lacks(search.trial.port, each.named)]
+    settings = sorted(asked, key=lambda setting: setting.named != search.check)
     several = search.check.startswith(("backend.", "masks."))
     training = search.check.startswith("training.")
     search.pair.port.train(training)
@@ -74,12 +76,12 @@ def find(search: Search) -> Divergence | None:
 def _settings(search: Search) -> Iterator[Setting]:
     tokens = search.pair.batch.tokens[:, :LOOKED_AT]
     every = torch.ones_like(tokens).bool()
-    yield Setting(named="forward.", name="", tokens=tokens, options={}, real=every)
+    yield Setting(named="forward.causal", name="", tokens=tokens, options={}, real=every)
     if "masks" not in search.trial.family.features or not takes(search.pair.port, "attention_mask"):
         return
     for name, mask in (("int64", every.long()), ("bool", every)):
         yield Setting(
-            named="none_is_ones",
+            named="masks.none_is_ones",
             name=f"with a mask of {name} ones, ",
             tokens=tokens,
             options={"attention_mask": mask},
@@ -94,7 +96,7 @@ def _settings(search: Search) -> Iterator[Setting]:
             tokens[:, :count], side=side, seed=search.case.seed, vocabulary=fields[family.vocabulary], width=width
         )
         yield Setting(
-            named=side,
+            named=f"masks.{side}_padding",
             name=f"with padding on the {side}, " if side != "interior" else "with padding between tokens, ",
             tokens=padded.tokens,
             options={"attention_mask": padded.mask.long()},
@@ -107,11 +109,13 @@ def _settings(search: Search) -> Iterator[Setting]:
         mask = torch.zeros(len(tokens), 1, *hidden.shape, dtype=torch.float64)
         mask = mask.masked_fill(hidden, torch.finfo(torch.float64).min)
         options = {"attention_mask": mask}
-        yield Setting(named="additive", name="with an additive mask, ", tokens=tokens, options=options, real=every)
+        yield Setting(
+            named="masks.additive", name="with an additive mask, ", tokens=tokens, options=options, real=every
+        )
     if search.check == "generation.static_cache":  # generate() gives such masks with a static cache
         options = {"attention_mask": ~hidden.expand(len(tokens), 1, *hidden.shape)}
         name = "with a boolean mask of four axes, "
-        yield Setting(named="static", name=name, tokens=tokens, options=options, real=every)
+        yield Setting(named="generation.static_cache", name=name, tokens=tokens, options=options, real=every)
 
 
 def _of_setting(search: Search, setting: Setting) -> Divergence | None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from harness.backends import pytorch
+from harness.backends.pytorch import DTYPES, device_of
 from harness.capture import Call, watch
 from harness.localise.finding import Divergence, Search, distance, explains
 from harness.localise.relations import factor_between, number, relation_of_outputs
@@ -32,7 +32,7 @@ def find(search: Search) -> Divergence | None:
 def _embedded(search: Search) -> Divergence | None:
     port, tokens = search.pair.port, search.pair.batch.tokens
     with torch.no_grad():
-        embeds = port.get_input_embeddings()(tokens)  # type: ignore[operator]
+        embeds = port.get_input_embeddings()(tokens.to(device_of(search.trial.backend)))  # type: ignore[operator]
 
     def run() -> torch.Tensor:
         with torch.no_grad():
@@ -128,7 +128,7 @@ def _masked(search: Search) -> Divergence | None:
         masks = [("a row that is masked as a whole", hidden), ("padding on the left", padded)]
         for what, mask in masks if search.check == "masks.all_masked_row" else reversed(masks):
             logits, calls = watch(
-                port.to(pytorch.DTYPES[search.dtype]),
+                port.to(DTYPES[search.dtype]),
                 lambda mask=mask: port_logits(search.trial, port, tokens, attention_mask=mask),  # type: ignore[misc]
             )
             if bool(logits.isfinite().all()):
@@ -154,10 +154,12 @@ def _told_by_generate(search: Search) -> Divergence | None:
     tokens = tokens[:, : max(2, min(tokens.shape[1], longest - 2))]
     mask = torch.ones_like(tokens)
     mask[-1, 0] = 0
+    device = device_of(search.trial.backend)
     told: list[dict[str, Any]] = []
     handle = port.register_forward_pre_hook(lambda _module, _args, kwargs: told.append(kwargs), with_kwargs=True)
     try:
-        port.generate(tokens, attention_mask=mask, max_new_tokens=2, do_sample=False, pad_token_id=0)
+        options = {"max_new_tokens": 2, "do_sample": False, "pad_token_id": 0}
+        port.generate(tokens.to(device), attention_mask=mask.to(device), **options)
     finally:
         handle.remove()
     for step, kwargs in enumerate(told):

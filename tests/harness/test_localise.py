@@ -19,7 +19,7 @@ from harness.families import Family, Tap, find_family
 from harness.localise import Divergence, compare_taps, locate
 from harness.mutants import Mutant, mutants_of, plant
 from harness.ports import Port, read_ports
-from harness.runner import Session, session
+from harness.runner import Session, check_parity, session
 from harness.trial import Trial, prepare
 
 ROOT = Path(__file__).parents[2]
@@ -332,6 +332,28 @@ def test_a_fault_that_is_not_simple_gets_no_simple_name(
     assert found is not None
     assert found.module == module
     assert re.fullmatch(rf"{re.escape(module)} diverges \(in \S+, out \S+\)", found.sentence), found
+
+
+def test_what_a_port_says_it_lacks_is_not_held_against_it(shared: Session, tmp_path: Path) -> None:
+    planted = plant(MUTANTS["position-of-first-row"], PORT, tmp_path / "port")
+    case = dataclasses.replace(CASE, rows=3)
+    assert located(planted, shared, tmp_path, "masks.pad_content", case=case) is not None
+    declared = dataclasses.replace(planted, lacks={"masks.*_padding": "positions are the caller's"})
+    assert located(declared, shared, tmp_path, "masks.pad_content", case=case) is None
+    planted = plant(MUTANTS["position-restarts"], PORT, tmp_path / "cached")
+    assert located(planted, shared, tmp_path, "generation.greedy") is not None
+    declared = dataclasses.replace(planted, lacks={"generation.c*": "no cache"})
+    assert located(declared, shared, tmp_path, "generation.greedy") is None
+
+
+def test_a_failed_check_says_where_and_why(tmp_path: Path) -> None:
+    planted = plant(MUTANTS["gelu-relu"], PORT, tmp_path / "port")
+    [result] = check_parity(planted, checks=["forward.blocks"], backends=["torch-cpu"], shrink_seconds=5.0)
+    assert result.status == "failed"
+    assert result.first_divergence == "block.0.mlp"
+    check, _, place = result.reason.partition("; block.0.mlp diverges (in ")
+    assert check.startswith("output of block.0.mlp: relative error")
+    assert place.endswith("): its activation is ReLU")
 
 
 def test_the_errors_before_and_after_are_given(shared: Session, tmp_path: Path) -> None:
