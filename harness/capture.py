@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reading what submodules return during one call of a model."""
+"""Reading what submodules are given and return during one call of a model."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -54,3 +55,56 @@ def capture(
     if silent := set(places) - set(seen) - parted:
         raise Mismatch(f"{type(module).__name__} did not run the submodules of {', '.join(sorted(silent))}")
     return outputs, seen
+
+
+@dataclasses.dataclass(kw_only=True)
+class Call:
+    """One call of a submodule: its path, what it was given, the floating tensors among that, and what it returned.
+
+    output is the first tensor returned (the first element of a tuple), None when there was none.
+    """
+
+    path: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    inputs: list[torch.Tensor]
+    output: torch.Tensor | None = None
+
+
+def watch(module: torch.nn.Module, call: Callable[[], Output]) -> tuple[Output, list[Call]]:
+    """Runs `call` once: what it returns, and every call of a submodule in it, in the order in which they began."""
+    calls: list[Call] = []
+    running: dict[str, list[Call]] = {}
+
+    def begin(path: str, args: Any, kwargs: Any) -> None:
+        # Copies, because a later sum in place would change what was seen.
+        given = tuple(_copied(value) for value in args)
+        named = {name: _copied(value) for name, value in kwargs.items()}
+        floats = [value for value in (*given, *named.values()) if _is_tensor(value) and value.is_floating_point()]
+        calls.append(Call(path=path, args=given, kwargs=named, inputs=floats))
+        running.setdefault(path, []).append(calls[-1])
+
+    def end(path: str, value: Any) -> None:
+        first = value[0] if isinstance(value, tuple) and value else value
+        running[path].pop().output = first.detach().clone() if _is_tensor(first) else None
+
+    with contextlib.ExitStack() as hooks:
+        for path, place in module.named_modules():
+            if not path:
+                continue
+            before = place.register_forward_pre_hook(
+                lambda _, args, kwargs, path=path: begin(path, args, kwargs), with_kwargs=True
+            )
+            after = place.register_forward_hook(lambda _module, _args, value, path=path: end(path, value))
+            hooks.callback(before.remove)
+            hooks.callback(after.remove)
+        outputs = call()
+    return outputs, calls
+
+
+def _is_tensor(value: Any) -> bool:
+    return hasattr(value, "is_floating_point") and hasattr(value, "clone")
+
+
+def _copied(value: Any) -> Any:
+    return value.detach().clone() if _is_tensor(value) else value

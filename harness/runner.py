@@ -425,18 +425,19 @@ def _failed(
     if isinstance(error, DescriptionError):
         raise error
     status, reason = ("failed", str(error)) if isinstance(error, Mismatch) else explain(error)
-    divergence = getattr(error, "first_divergence", None)
-    if divergence is None and not isinstance(error, OutOfTime):
+    found = None
+    if not isinstance(error, OutOfTime):  # what hangs would hang again
         try:
-            divergence = localise.first_divergence(trial, case)
+            found = localise.locate(trial, case, item.check, seconds=min(localise.SECONDS, options.shrink_seconds))
         except KeyboardInterrupt:
             if not shared.alone:
                 raise
+    divergence = found.module if found else getattr(error, "first_divergence", None)
     result = _result(
         item,
         started,
         status=status,
-        reason=advised(reason),
+        reason=f"{advised(reason)}; {found.sentence}" if found else advised(reason),
         config=case.as_dict(),
         metrics=getattr(error, "metrics", {}),
         first_divergence=divergence,

@@ -95,7 +95,8 @@ def taps(fields: Fields) -> Sequence[Tap]:
             places.append(Tap(name=f"block.{layer}.{name}", original=path, port=path))
         path = f"transformer.h.{layer}"
         places.append(Tap(name=f"block.{layer}", original=path, port=path))
-    return [*places, Tap(name="final_norm", original="transformer.ln_f", port="transformer.ln_f")]
+    places.append(Tap(name="final_norm", original="transformer.ln_f", port="transformer.ln_f"))
+    return [*places, Tap(name="head", original="lm_head", port="lm_head")]
 
 
 def parameter_groups(module: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
