@@ -1,16 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a port may not do to the process and the machine it is checked on: noticed, named, and undone or refused."""
+"""What a port may not do to the process and the machine it is checked on: noticed, named, and refused where that can be."""
 
 from __future__ import annotations
 
 import ipaddress
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import Any
 
 from harness.sandbox.jobs import hidden_rule, installed_paths
+from harness.surroundings import changes, torch_functions
 
 HARNESS = os.path.dirname(os.path.abspath(__file__))
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
@@ -22,42 +23,16 @@ Complaint = Callable[[], str | None]
 
 
 def torch_kept() -> Complaint:
-    """Notices functions of torch that are replaced from now on, and puts them back: the original uses them as well."""
-    import torch
-
-    kept = [(holder, name, value) for holder, name, value in _torch_functions()]
-    inherited = set(dir(torch.Tensor)) - set(vars(torch.Tensor))
-    found: list[str] = []
+    """Notices functions of torch that are replaced from now on: the original computes with them as well."""
+    before = torch_functions()
 
     def complaint() -> str | None:
-        for holder, name, value in kept:
-            now = vars(holder).get(name)
-            # What compiles models wraps some itself, for good.
-            if now is not value and not str(getattr(now, "__module__", "")).startswith("torch._dynamo"):
-                setattr(holder, name, value)
-                found.append(f"{getattr(holder, '__qualname__', holder.__name__)}.{name}")
-        for name in inherited & set(vars(torch.Tensor)):
-            delattr(torch.Tensor, name)
-            found.append(f"Tensor.{name}")
+        found = changes(before, torch_functions())
         if not found:
             return None
-        return (
-            f"the port replaces {found[0]} for the whole process, so that the original computes something else as well;"
-            " a port leaves torch as it is"
-        )
+        return f"{found[0]} for the whole process, and the original computes with it too; a port leaves torch as it is"
 
     return complaint
-
-
-def _torch_functions() -> Iterator[tuple[Any, str, Any]]:
-    import torch
-    from torch.nn import functional
-
-    layers = [value for value in vars(torch.nn).values() if isinstance(value, type)]
-    for holder in (torch, functional, torch.Tensor, torch._C._nn, *layers):
-        for name, value in list(vars(holder).items()):
-            if callable(value) and not isinstance(value, type):
-                yield holder, name, value
 
 
 def refuse_trespass(*, code: Sequence[str], writable: Sequence[str]) -> Complaint:

@@ -29,7 +29,6 @@ MODULES = (
 """Modules of which each function and class is compared."""
 
 CLASSES = (
-    "torch.Tensor",
     "torch.optim.AdamW",
     "transformers.cache_utils.DynamicCache",
     "transformers.configuration_utils.PretrainedConfig",
@@ -111,19 +110,26 @@ def settings() -> dict[str, Any]:
     return found
 
 
-def functions() -> dict[str, Callable[..., Any]]:
-    """Functions and classes that models are made of, by their full name; those of torch.nn with their methods."""
+def torch_functions() -> dict[str, Callable[..., Any]]:
+    """Functions and classes of torch that models are made of, by their full name; those of torch.nn with methods."""
     import torch
 
     found: dict[str, Callable[..., Any]] = {}
     for place in MODULES:
-        found |= _callables(place, importlib.import_module(place))
+        found |= _callables(place, vars(importlib.import_module(place)))
     for name, value in vars(torch.nn).items():
         if isinstance(value, type):
-            found |= _callables(f"torch.nn.{name}", value)
+            found |= _callables(f"torch.nn.{name}", vars(value))
+    inherited = {name: value for base in reversed(torch.Tensor.__mro__) for name, value in vars(base).items()}
+    return found | _callables("torch.Tensor", inherited)
+
+
+def functions() -> dict[str, Callable[..., Any]]:
+    """`torch_functions`, and what of transformers models are made of."""
+    found = torch_functions()
     for path in CLASSES:
         module, _, name = path.rpartition(".")
-        found |= _callables(path, getattr(importlib.import_module(module), name))
+        found |= _callables(path, vars(getattr(importlib.import_module(module), name)))
     for module, name in TABLES:
         table: Any = getattr(importlib.import_module(module), name, {})
         # A dictionary of the library's own may make something new of an entry that is asked for in another way.
@@ -132,8 +138,8 @@ def functions() -> dict[str, Callable[..., Any]]:
     return found
 
 
-def _callables(place: str, holder: Any) -> dict[str, Callable[..., Any]]:
-    return {f"{place}.{name}": value for name, value in vars(holder).items() if callable(value)}
+def _callables(place: str, attributes: Mapping[str, Any]) -> dict[str, Callable[..., Any]]:
+    return {f"{place}.{name}": value for name, value in attributes.items() if callable(value)}
 
 
 def _of_entry(entry: Any) -> Any:

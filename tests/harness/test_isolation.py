@@ -52,9 +52,9 @@ def both(rude: Port, polite: Port, **options: Any) -> tuple[Result, Result]:
         ({"forward": "import socket\nsocket.create_connection(('192.0.2.1', 80), 1)"}, "the port opens a socket"),
         ({"forward": "import socket\nsocket.socket().bind(('127.0.0.1', 0))"}, "the port opens a socket to 127.0.0.1"),
         ({"forward": "import socket\nsocket.getaddrinfo('example.org', 80)"}, "the port looks up example.org"),
-        ({"more": "torch.nn.functional.gelu = lambda x: x"}, "the port replaces torch.nn.functional.gelu"),
-        ({"forward": "torch.Tensor.softmax = None"}, "the port replaces Tensor.softmax"),
-        ({"forward": "torch.nn.Linear.forward = lambda self, x: x"}, "the port replaces Linear.forward"),
+        ({"more": "torch.nn.functional.gelu = lambda x: x"}, "torch.nn.functional.gelu is replaced"),
+        ({"forward": "torch.Tensor.softmax = None"}, "torch.Tensor.softmax is replaced"),
+        ({"forward": "torch.nn.Linear.forward = lambda self, x: x"}, "torch.nn.Linear.forward is replaced"),
     ],
 )  # fmt: skip
 def test_what_a_port_does_to_its_process_is_told_and_goes_no_further(
