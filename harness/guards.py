@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a port may not do to the process and the machine it is checked on: noticed, named, and refused where that can be."""
+"""What a port may not do to its process and its machine: noticed and named, and refused where it can be."""
 
 from __future__ import annotations
 

@@ -91,15 +91,15 @@ def tuple_order(trial: Trial, case: Case) -> dict[str, float]:
     """
     pair = prepare(trial, at_least_two_tokens(case))
     tokens = pair.batch.tokens
-    named, plain = _call(trial, pair.port, tokens), _call(trial, pair.port, tokens, return_dict=False)
+    logits, plain = _logits(trial, pair.port, tokens), _call(trial, pair.port, tokens, return_dict=False)
     if not isinstance(plain, tuple):
         raise Mismatch(f"return_dict=False gives {type(plain).__name__}, expected a tuple")
-    if not plain or not torch.equal(plain[0], named.logits):
+    if not plain or not torch.equal(plain[0], logits):
         raise Mismatch("return_dict=False without labels: the first entry is not the logits")
     if "loss" in trial.family.features:
         labels = port_labels(trial, tokens, pair.batch.targets)
         plain = _call(trial, pair.port, tokens, labels=labels, return_dict=False)
-        if len(plain) < 2 or plain[0] is None or plain[0].ndim or not torch.equal(plain[1], named.logits):
+        if len(plain) < 2 or plain[0] is None or plain[0].ndim or not torch.equal(plain[1], logits):
             raise Mismatch("return_dict=False with labels: the first two entries are not loss and logits")
     base = base_model(pair.port)
     if base is not None and _takes_return_dict(base):
@@ -155,7 +155,7 @@ def _obeys_return_dict(trial: Trial, model: Any, tokens: torch.Tensor) -> tuple[
 
     Raises Mismatch for another tuple than the argument's.
     """
-    logits = _call(trial, model, tokens).logits
+    logits = _logits(trial, model, tokens)
     with _configured(model.config, "return_dict", False):
         try:
             plain = _call(trial, model, tokens)
@@ -217,6 +217,8 @@ def hidden_states(trial: Trial, case: Case) -> dict[str, float]:
     tokens, targets = pair.batch.tokens, pair.batch.targets
     _, seen = capture(pair.original, places, lambda: run_original(trial, pair.original, tokens, targets))
     blocks = [name for name in places if name.count(".") == 1 and name.startswith("block.")]
+    if absent := [name for name in ("embedding", "final_norm") if name not in places]:
+        raise Skip(f"family '{trial.family.name}' names no tap '{absent[0]}', which hidden states are compared at")
     expected = [seen["embedding"], *(seen[name] for name in blocks[:-1]), seen["final_norm"]]
     # With gradients: the same states are then asked for theirs.
     states = getattr(call_port(trial, pair.port, tokens, output_hidden_states=True), "hidden_states", None)
@@ -443,6 +445,13 @@ def device_map(trial: Trial, case: Case) -> dict[str, float]:
 def _call(trial: Trial, model: torch.nn.Module, tokens: torch.Tensor, **options: Any) -> Any:
     with torch.no_grad():
         return call_port(trial, model, tokens, **options)
+
+
+def _logits(trial: Trial, model: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+    """The port's logits where they are computed, whatever forward returns them in."""
+    output = _call(trial, model, tokens)
+    logits = getattr(output, "logits", None)
+    return logits if isinstance(logits, torch.Tensor) else outputs_of(trial, output)["logits"]
 
 
 def known_by(trial: Trial, case: Case, name: str) -> Any:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from harness import numerics
 from harness.cases import Case
 from harness.cases.batches import Batch
 from harness.checks.untouched import untouched
@@ -17,6 +18,7 @@ from harness.trial import (
     Pair,
     Trial,
     call_port,
+    is_asked,
     original_model,
     outputs_of,
     prepare,
@@ -35,7 +37,11 @@ def value(trial: Trial, case: Case) -> dict[str, float]:
     """
     case = at_least_two_tokens(case)
     pair = prepare(trial, case)
-    numbers = _same_loss(trial, case, pair, pair.batch, ignored=None)
+    try:
+        numbers = _same_loss(trial, case, pair, pair.batch, ignored=None)
+    except Mismatch as error:
+        _require_declared_labels(trial, pair, error)
+        raise
     pair.port.train()
     return worst(numbers, _same_loss(trial, case, pair, pair.batch, ignored=None))
 
@@ -156,6 +162,28 @@ def _same_loss(trial: Trial, case: Case, pair: Pair, batch: Batch, *, ignored: t
             ],
         )
     )
+
+
+def _require_declared_labels(trial: Trial, pair: Pair, error: Mismatch) -> None:
+    """Raises Mismatch that says so where a loss is right by the convention that the port does not declare."""
+    if trial.family.loss.labels != "preshifted" or not is_asked(trial, "causal", "loss.value"):
+        return
+    labels = port_labels(trial, pair.batch.tokens, pair.batch.targets)
+    declared = trial.port.labels
+    taken, advice = {
+        "hf": ("are shifted already", "shifts them inside, or its description says labels = 'preshifted'"),
+        "preshifted": ("it shifts inside", "takes them shifted, or its description says labels = 'hf'"),
+    }[declared]
+    other = dataclasses.replace(
+        trial.port,
+        labels="preshifted" if declared == "hf" else "hf",
+        ignore_index=trial.port.ignored_label,
+    )
+    targets = original_targets(dataclasses.replace(trial, port=other), labels)
+    expected = run_original(trial, pair.original, pair.batch.tokens, targets)["loss"]
+    actual = _loss_of(trial, pair, labels)
+    if numerics.relative_error(actual, expected) <= numerics.FLOAT32_INSIDE_BOUND:
+        raise Mismatch(f"the loss is that of labels that {taken}; a port {advice}", metrics=error.metrics) from error
 
 
 def _loss_of(trial: Trial, pair: Pair, labels: torch.Tensor) -> torch.Tensor:

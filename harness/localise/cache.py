@@ -217,7 +217,7 @@ def _why(search: Search, setting: Setting, row: int, position: int, start: int, 
             if fits(logits[row, position]):
                 return f"as if it stood at position {guess} instead of {own}"
         alone = port_logits(trial, port, tokens[:, piece], position_ids=right[:, piece])
-        if start and fits(alone[row, -1]):
+        if start > 1 and fits(alone[row, -1]):  # behind a single token it might be that token alone
             return "as if the cached keys and values were not there"
     vocabulary = search.case.fields[trial.family.vocabulary]
     with_cache = visible(functools.partial(_stepwise, search, setting), tokens, vocabulary)[row, position]

@@ -91,7 +91,7 @@ def _settings(search: Search) -> Iterator[Setting]:
     width = min(fields[family.maximum_length], tokens.shape[1] + 2)
     sides: tuple[Side, ...] = ("right", "left", "interior")
     for side in sides:
-        count = max(1, min(tokens.shape[1], width - 1))
+        count = max(1, min(tokens.shape[1], width - 2))  # with one pad alone several faults look the same
         padded = pad(
             tokens[:, :count], side=side, seed=search.case.seed, vocabulary=fields[family.vocabulary], width=width
         )
