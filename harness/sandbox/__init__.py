@@ -42,6 +42,9 @@ INTERPRETER_OPTIONS = ("-P", "-s")  # Neither the working directory nor the user
 KEPT_VARIABLES = ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "LANG", "LC_ALL", "LC_CTYPE", "TZ")
 """All that a child sees of its user's environment: enough to find libraries, no tokens."""
 
+IN_WORDS = {"load_and_run": "loading and running it", "load_two": "loading two models"}
+"""What a failure calls a job."""
+
 START_SECONDS = 180.0
 GRACE_SECONDS = 20.0
 ANSWER_BYTES = 16 << 20
@@ -182,7 +185,7 @@ class Sandbox:
                 "interpreter_options": INTERPRETER_OPTIONS,
             }
             end = self._ask(message, timeout=self.time_limit_seconds + GRACE_SECONDS)
-            name = f"{job} in a {'cold' if cold else 'fresh'} process"
+            name = f"{IN_WORDS.get(job, job)} in a {'cold' if cold else 'fresh'} process"
             values, answered = read_answer(directory, end, name=name, sandbox=self)
             return Answer(values=values, tensors=answered, seconds=time.perf_counter() - start)
         finally:

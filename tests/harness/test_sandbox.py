@@ -264,7 +264,7 @@ def test_saving_from_a_fresh_process_carries_the_code(run: Callable[..., Answer]
 def test_an_exception_names_the_line_of_the_remote_code(run: Callable[..., Answer], variant: Variant) -> None:
     caught = failure(run, variant(in_forward="raise KeyError('nothing\\n here')"))
     assert (caught.kind, caught.exception) == ("exception", "KeyError")
-    assert "load_and_run in a fresh process raised KeyError" in str(caught)
+    assert "loading and running it in a fresh process raised KeyError" in str(caught)
     assert "(modeling_tiny.py, line " in str(caught)
     assert "Traceback" in caught.output
 
