@@ -232,7 +232,7 @@ def _selftest(arguments: argparse.Namespace) -> int:
     import fnmatch
 
     from harness.families import family_names, nearest
-    from harness.mutants import mutants_of, score, selftest, table
+    from harness.mutants import groups, mutants_of, score, selftest, table
     from harness.ports import family_of, select_ports
 
     directory = Path.cwd()
@@ -256,7 +256,7 @@ def _selftest(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps([dataclasses.asdict(verdict) for verdict in verdicts], indent=2))
     else:
-        print(score(verdicts))
+        print(f"\nplanted bugs by the group of the check that noticed first\n{groups(verdicts)}\n\n{score(verdicts)}")
     return EXIT_HOLDS if all(verdict.good for verdict in verdicts) else EXIT_FAILED
 
 

@@ -93,6 +93,18 @@ def score(verdicts: Sequence[Trapped]) -> str:
     )
 
 
+def groups(verdicts: Sequence[Trapped]) -> str:
+    """One line for each group of checks: how many planted bugs one of it noticed first, and in how many seconds."""
+    noticed: dict[str, list[float]] = {}
+    for verdict in verdicts:
+        if verdict.killers and not verdict.harmless:
+            noticed.setdefault(verdict.killers[0].partition(".")[0], []).append(verdict.seconds)
+    return "\n".join(
+        f"{group:<12} {len(seconds):>4}   median {sorted(seconds)[len(seconds) // 2]:.1f} s"
+        for group, seconds in sorted(noticed.items(), key=lambda entry: -len(entry[1]))
+    )
+
+
 def mutants_of(family: Family) -> tuple[Mutant, ...]:
     """The mutants beside a family. Raises DescriptionError when it has none, or two of one id."""
     if family.mutants is None:

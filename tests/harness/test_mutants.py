@@ -12,7 +12,7 @@ import pytest
 from harness.checks import check_ids
 from harness.errors import DescriptionError
 from harness.families import find_family
-from harness.mutants import Mutant, Trapped, mutants_of, mutated_source, plant, score, selftest, table
+from harness.mutants import Mutant, Trapped, groups, mutants_of, mutated_source, plant, score, selftest, table
 from harness.ports import Port, read_ports
 
 ROOT = Path(__file__).parents[2]
@@ -205,6 +205,20 @@ def test_the_table_names_who_noticed_and_who_did_not() -> None:
     ).splitlines()
     assert lines[0].split() == ["killed", "2.0", "s", "one", "loss.value", "(not", "by", "api.*)"]
     assert lines[1].split() == ["survived", "1.0", "s", "two", "bug", "two"]
+
+
+def test_the_groups_count_bugs_by_who_noticed_first() -> None:
+    found = [
+        trapped("a", "killed", 1.0, killers=["loss.value", "forward.logits"]),
+        trapped("b", "killed", 3.0, killers=["forward.logits"]),
+        trapped("c", "killed", 2.0, killers=["forward.lengths", "loss.value"]),
+        trapped("d", "survived"),
+        trapped("e", "red", killers=["forward.logits"]),
+    ]
+    assert [line.split() for line in groups(found).splitlines()] == [
+        ["forward", "2", "median", "3.0", "s"],
+        ["loss", "1", "median", "1.0", "s"],
+    ]
 
 
 def test_the_score_counts_bugs_and_harmless_rewrites_apart() -> None:
