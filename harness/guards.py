@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import ipaddress
 import os
 import sys
+import sysconfig
 from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import Any
@@ -13,6 +15,7 @@ from typing import Any
 from harness.sandbox.jobs import hidden_rule, installed_paths
 from harness.surroundings import changes, torch_functions
 
+TOOLS = ("torch", "numpy", "safetensors", "transformers", "huggingface_hub", "requests", "urllib3", "httpx", "httpcore")
 HARNESS = os.path.dirname(os.path.abspath(__file__))
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 CHANGES = ("remove", "rename", "rmdir", "mkdir", "link", "symlink", "truncate", "chmod")
@@ -38,23 +41,32 @@ def torch_kept() -> Complaint:
 def refuse_trespass(*, code: Sequence[str], writable: Sequence[str]) -> Complaint:
     """Has code below the paths of `code` write below `writable` alone, use no network and fork no process.
 
-    Installed packages below `code` are not meant. What is refused raises PermissionError there, and is told. For the
-    rest of this process: what an audit hook is put to cannot be taken back. Stops what a careless port does; it is no
-    jail against a deliberate attack.
+    Installed packages are not meant, also where that code imports them: they keep caches of their own. What is refused
+    raises PermissionError there, and is told. For the rest of this process: an audit hook cannot be taken back. Stops
+    what a careless port does; it is no jail against a deliberate attack.
     """
     is_code = hidden_rule(code, [*installed_paths(), HARNESS])
+    is_passed_through = hidden_rule(_tools(), [sysconfig.get_path("purelib"), sysconfig.get_path("platlib")])
     is_writable = hidden_rule([*writable, os.devnull], [])
-    known: dict[str, bool] = {}
+    known: dict[str, bool | None] = {}
     found: list[str] = []
+
+    def asks(file: str) -> bool | None:
+        """Whether what happens is the doing of a file's code; None where that only does what its caller asks."""
+        real = os.path.realpath(file)
+        if is_code(real):
+            return True
+        return None if not os.path.isabs(file) or is_passed_through(real) else False
 
     def is_asked_by_code() -> bool:
         frame: FrameType | None = sys._getframe(2)
         while frame is not None:
             file = frame.f_code.co_filename
             if file not in known:
-                known[file] = os.path.isabs(file) and is_code(os.path.realpath(file))
-            if known[file]:
-                return True
+                known[file] = asks(file)
+            asked = known[file]
+            if asked is not None:
+                return asked
             frame = frame.f_back
         return False
 
@@ -89,6 +101,13 @@ def refuse_trespass(*, code: Sequence[str], writable: Sequence[str]) -> Complain
     return lambda: (
         f"the port {found[0]}; a port reads and writes only what it is told to, and talks to nobody" if found else None
     )
+
+
+def _tools() -> list[str]:
+    """Where the standard library is, and the packages that write what and where they are told to."""
+    found = [importlib.util.find_spec(name) for name in TOOLS]
+    places = [place for spec in found if spec for place in spec.submodule_search_locations or ()]
+    return [sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib"), *places]
 
 
 def _is_name(host: Any) -> bool:

@@ -45,9 +45,7 @@ CASE = "case.json"
 ANSWER_BYTES = 16 << 20
 
 MEMORY_BYTES = 4 << 30
-"""Private memory of one check on the CPU, what it inherits included."""
-
-NO_LIMIT = 1 << 62
+"""Private memory of one check, what it inherits included."""
 
 PREPARE_SECONDS = 180.0
 """How long importing the frameworks may take."""
@@ -61,8 +59,8 @@ LESS_TIME = ((10, 2.0), (3, 4.0), (1, 10.0))
 DEVICE_FACTOR = 4
 """How much more time a check gets on an accelerator, which every process has to wake."""
 
-VARIABLES = {"TOKENIZERS_PARALLELISM": "false", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
-"""Of the server: no threads before a fork; asking whether CUDA is there must not initialise it."""
+VARIABLES = {"TOKENIZERS_PARALLELISM": "false"}
+"""Of the server: no threads before a fork."""
 
 
 @contextlib.contextmanager
@@ -92,6 +90,11 @@ class Gate:
         """What becomes of an item. Never raises for what a port or a check does."""
         seconds = seconds_for(item, options, ran_out=self._ran_out[item.port.name, item.port.root])
         values = {"item": item, "options": options}
+        if not can_fork(item.backend) and sys.platform == "linux":
+            # The server looks for the device, so that the frameworks are imported here only where there is one.
+            skipped = self._ask("skip", values, seconds=seconds)["value"]
+            if skipped is not None:
+                return Result(**skipped)
         answer = self._ask("run", values, seconds=seconds, backend=item.backend)
         self._ran_out[item.port.name, item.port.root] += answer["seconds"] >= seconds
         if "ended" in answer:
@@ -139,7 +142,7 @@ class Gate:
             self._stop()  # it was forked before they were registered
         if self._channel is None:
             self._start()
-        message = {"question": question, "values": as_values(values), "seconds": seconds, "backend": backend}
+        message = {"question": question, "values": as_values(values), "seconds": seconds}
         try:
             answer = self._converse(message, timeout=seconds + GRACE_SECONDS + PREPARE_SECONDS)
         except OSError as error:
@@ -203,11 +206,9 @@ class Gate:
 
 
 def can_fork(backend: str) -> bool:
-    """Whether a check on a backend can have a process of its own, forked from this one."""
-    # Elsewhere a fork loses what the system's own libraries hold; and CUDA does not survive one.
-    torch = sys.modules.get("torch")
-    cuda_is_here = torch is not None and torch.cuda.is_initialized()
-    return sys.platform == "linux" and not (cuda_is_here and backend.endswith("cuda"))
+    """Whether a check on a backend can have a process of its own, forked from one that has everything imported."""
+    # A fork loses what the libraries of other systems hold, and what those of a device do.
+    return sys.platform == "linux" and backend.endswith("-cpu")
 
 
 def seconds_for(item: Item, options: Options, *, ran_out: int) -> float:
@@ -300,12 +301,13 @@ class Answerer:
         """The answer to a question as `value` or `error`, or as `ended` how the process ended without one."""
         values = message["values"]
         at_once = ANSWERED_AT_ONCE.get(message["question"])
-        if at_once is not None and (value := at_once(values)) is not None:
+        value = at_once(values) if at_once else None
+        if value is not None or message["question"] not in QUESTIONS:
             return {"value": value}
         fresh = _needs_fresh_process(values)
         if fresh and not self._knows_sandbox:
             self.end()
-        about = [_port_of(values), values.get("options", {}).get("report"), message["backend"]]
+        about = [_port_of(values), values.get("options", {}).get("report")]
         if self._child is None or about != self._about:
             self.end()
             self._start(about, fresh=fresh)
@@ -333,12 +335,12 @@ class Answerer:
         self._knows_sandbox = fresh
         ours, theirs = socket.socketpair()
         self._directory = Path(tempfile.mkdtemp(dir=self._shared.root))
-        port, report, backend = about
+        port, report = about
         writable = [str(path) for path in (self._shared.root, port and port["root"], report) if path]
         self._child = processes.fork_child(
             lambda: _be_child(theirs, port, writable, self._shared, self._directory),
             client=self._client,
-            memory_limit_bytes=MEMORY_BYTES if backend == "torch-cpu" else NO_LIMIT,
+            memory_limit_bytes=MEMORY_BYTES,
         )
         theirs.close()
         self._channel, self._about = ours, about

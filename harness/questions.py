@@ -119,5 +119,5 @@ QUESTIONS: Mapping[str, Callable[[Session, Values], Any]] = {
     "report_end": report_end,
 }
 
-ANSWERED_AT_ONCE: Mapping[str, Callable[[Values], Any]] = {"run": _skip}
+ANSWERED_AT_ONCE: Mapping[str, Callable[[Values], Any]] = {"run": _skip, "skip": _skip}
 """Where an answer needs no foreign code: None when it does."""

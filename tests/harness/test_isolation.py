@@ -95,6 +95,37 @@ def test_a_port_may_write_below_its_root_and_to_temporary_files(
     assert result.status == "passed", result.reason
 
 
+def test_a_package_that_a_port_imports_may_keep_its_caches(
+    tmp_path: Path, plain_port: PlainPort, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site, cache = tmp_path / "site", tmp_path / "cache"
+    (site / "cached").mkdir(parents=True)
+    cache.mkdir()
+    (site / "cached/__init__.py").write_text(f"open({str(cache / 'fonts')!r}, 'w').write('here')\n")
+    monkeypatch.syspath_prepend(str(site))
+    (tmp_path / "repository").mkdir()
+    (result,) = check_parity(plain_port(tmp_path / "repository", more="import cached"), **CAUSAL)
+    assert result.status == "passed", result.reason
+    assert (cache / "fonts").exists()
+
+
+ELSEWHERE = """
+import sys
+from pathlib import Path
+from harness import Port, check_parity
+Path("p.py").write_text("class Port:\\n    state_dict = 1\\nclass Config:\\n    to_dict = 1\\n")
+port = Port(name="p", family="nanogpt", model="p.py:Port", config="p.py:Config", root=Path.cwd())
+(result,) = check_parity(port, checks=["forward.causal"], backends=["torch-mps"])
+print(result.status, "torch" in sys.modules)
+"""
+
+
+@pytest.mark.skipif(torch.backends.mps.is_available(), reason="there is a Metal device")
+def test_a_device_that_is_not_here_is_found_out_without_a_framework_in_this_process(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", ELSEWHERE], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.stdout.split() == ["skipped", "False"], done.stderr
+
+
 def test_a_port_that_sleeps_is_told_with_its_case_and_its_bundle(tmp_path: Path, plain_port: PlainPort) -> None:
     ports = [plain_port(tmp_path, "rude", forward="import time\ntime.sleep(1000)"), plain_port(tmp_path, "polite")]
     rude, polite = both(*ports, time_limit=2.0, report=tmp_path / "report")
