@@ -67,11 +67,12 @@ def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
 
 
 def _wrapped_by_torch(now: Any, before: Any) -> bool:
-    """Whether a function is what it was in a wrapper of torch's own, as importing its compiler makes them."""
+    """Whether a function is what it was in a wrapper of torch's own, as importing or using its compiler makes them."""
     import torch
 
     file = getattr(getattr(now, "__code__", None), "co_filename", "")
-    return file.startswith(torch.__path__[0]) and inspect.unwrap(now) is inspect.unwrap(before)
+    by_its_compiler = str(getattr(now, "__module__", "")).startswith("torch._dynamo.")
+    return file.startswith(torch.__path__[0]) and (by_its_compiler or inspect.unwrap(now) is inspect.unwrap(before))
 
 
 def settings() -> dict[str, Any]:
