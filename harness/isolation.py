@@ -253,7 +253,7 @@ def _serve(channel: socket.socket, root: Path, parent: int, *, warm: bool) -> No
         if warm:
             shared.sandbox.begin_warm_up()
         failure = _prepare()
-        answerer = Answerer(channel, parent, shared)
+        answerer = Answerer(channel, parent, shared, root)
         at_end.callback(answerer.end)
         for message in processes.requests(channel, parent):
             processes.send(channel, {"failure": failure} if failure else answerer.answer(message))
@@ -289,8 +289,8 @@ def _prepare() -> str | None:
 class Answerer:
     """Has children answer: one for all questions about a port as long as all is well, then another."""
 
-    def __init__(self, client: socket.socket, parent: int, shared: Session) -> None:
-        self._client, self._parent, self._shared = client, parent, shared
+    def __init__(self, client: socket.socket, parent: int, shared: Session, root: Path) -> None:
+        self._client, self._parent, self._shared, self._root = client, parent, shared, root
         self._child: processes.Child | None = None
         self._channel: socket.socket | None = None
         self._directory = shared.root
@@ -336,7 +336,7 @@ class Answerer:
         ours, theirs = socket.socketpair()
         self._directory = Path(tempfile.mkdtemp(dir=self._shared.root))
         port, report = about
-        writable = [str(path) for path in (self._shared.root, port and port["root"], report) if path]
+        writable = [str(path) for path in (self._root, port and port["root"], report) if path]
         self._child = processes.fork_child(
             lambda: _be_child(theirs, port, writable, self._shared, self._directory),
             client=self._client,
