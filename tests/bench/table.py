@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 CHECKS = "check, one case"
+PLANTED = "planted bugs"
 GROUPS = ("gate", "fresh process", "harness", "nanoGPT")
 
 
 def main(file: str) -> None:
     measured = json.loads(Path(file).read_text())["benchmarks"]
-    print("\n".join([*overview(measured), "", *checks(measured)]))
+    print("\n".join([*overview(measured), "", *checks(measured), "", *planted(measured)]))
 
 
 def overview(measured: Sequence[dict[str, Any]]) -> Iterator[str]:
@@ -51,6 +52,15 @@ def checks(measured: Sequence[dict[str, Any]]) -> Iterator[str]:
         mine = {check: value for check, value in times.items() if check.startswith(f"{group}.")}
         slowest = max(mine, key=mine.__getitem__)
         yield from row([group, str(len(mine)), seconds(sum(mine.values())), f"{slowest}, {seconds(mine[slowest])}"])
+
+
+def planted(measured: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """One row for each way of looking for planted bugs."""
+    yield from row(["planted bugs", "killed", "of the 14", "together", "killed per minute"], heading=True)
+    for one in measured:
+        for way in one["extra_info"]["planted_bugs"] if one["group"] == PLANTED else ():
+            killed = [f"{way['killed']} of {way['planted']}", f"{way['killed_of_known']} of {way['known']}"]
+            yield from row([way["what"], *killed, seconds(way["seconds"]), f"{way['killed_per_minute']:.1f}"])
 
 
 def row(cells: Iterable[str], *, heading: bool = False) -> Iterator[str]:
