@@ -18,6 +18,7 @@ import faulthandler
 import gc
 import importlib
 import json
+import multiprocessing
 import os
 import signal
 import socket
@@ -247,6 +248,7 @@ def _serve(channel: socket.socket, root: Path, parent: int, *, warm: bool) -> No
     nothing = os.open(os.devnull, os.O_RDWR)
     for descriptor in (0, 1, 2):
         os.dup2(nothing, descriptor)
+    multiprocessing.set_start_method("fork", force=True)  # another one leaves locks behind that somebody has to tidy up
     os.environ.update(VARIABLES, HF_MODULES_CACHE=str(root / "modules"), TORCHINDUCTOR_CACHE_DIR=str(root / "compiled"))
     tempfile.tempdir = str(root)
     with contextlib.suppress(processes.ClientGone), session() as shared, contextlib.ExitStack() as at_end:
@@ -314,9 +316,10 @@ class Answerer:
         answer = self._answered(message)
         if not answer.pop("is_well", False):
             self.end()
-            if fresh:
-                self._shared.sandbox.restart()  # an answer to the child may still be on its way
-                self._shared.sandbox.begin_warm_up()
+        if not answer.pop("sandbox_is_well", False) and fresh:
+            self.end()
+            self._shared.sandbox.restart()  # an answer to the child may still be on its way
+            self._shared.sandbox.begin_warm_up()
         return answer
 
     def end(self) -> None:
@@ -410,6 +413,7 @@ def _be_child(
         while is_well and (line := lines.readline()):
             answer = _within_time(json.loads(line), shared)
             is_well = answer["is_well"]
+            answer["sandbox_is_well"] = shared.sandbox.process is not None
             lines.write(json.dumps(answer).encode() + b"\n")
             lines.flush()
     jobs.leave(0)

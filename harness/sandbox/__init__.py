@@ -100,6 +100,7 @@ class Sandbox:
         self.preload = tuple(preload)
         self._base: Path | None = None
         self._server: subprocess.Popen[bytes] | None = None
+        self._owner = os.getpid()
         self._channel: socket.socket | None = None
         self._preload: Literal["none", "asked", "done"] = "none"
 
@@ -204,9 +205,10 @@ class Sandbox:
         return self._base
 
     def _start(self) -> None:
-        if self._server is not None and self._server.poll() is None:
-            return
+        if self._server is not None and (self._owner != os.getpid() or self._server.poll() is None):
+            return  # a process forked from the one that started it cannot ask after it, and the socket will tell
         self._stop()
+        self._owner = os.getpid()
         base = self._folder()
         for directory in fresh_directories(base):
             Path(directory).mkdir(parents=True, exist_ok=True)
@@ -297,7 +299,7 @@ class Sandbox:
         """Closes the socket, on which the server ends with its child, and kills them if they do not."""
         if self._channel is not None:
             self._channel.close()
-        if self._server is not None:
+        if self._server is not None and self._owner == os.getpid():
             try:
                 self._server.wait(timeout=GRACE_SECONDS if child is None else 1)
             except subprocess.TimeoutExpired:
