@@ -112,7 +112,6 @@ def located(
         ("branches-parallel", "block.0.ln_2", "what it is given lacks the output of block.0.attn"),
         ("residual-shifted", "block.0", "what it is given is the original's plus 1"),
         ("logits-scaled", "logits", "they are 0.3536x the original's (0.3536 is one over the root of the width, 8)"),
-        ("logits-of-last-position", "head", "out of shape (2, 1, 13) instead of (2, 6, 13)"),
         ("converter-transposes", "transformer.h.0.attn.c_proj.weight", "c_proj.weight transposed (and 1 more tensor)"),
         ("converter-drops-biases", "transformer.h.0.ln_1.bias", "is zero, and not the original's"),
         ("converter-rounds", "transformer.wte.weight", "rounded to bfloat16"),
@@ -172,7 +171,7 @@ def test_a_planted_bug_is_found_where_it_is_and_told(
             "cache-not-used",
             "generation.cache",
             "block.0.attn at position 1",
-            "as if the cached keys and values were not",
+            "it does not see position 0",
         ),
         (
             "cache-chunk-forgets",
