@@ -25,6 +25,7 @@ import socket
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
@@ -57,9 +58,6 @@ GRACE_SECONDS = 5.0
 LESS_TIME = ((10, 2.0), (3, 4.0), (1, 10.0))
 """Seconds a check gets at most, once so many of its port ran out of time: a port that sleeps would take an hour."""
 
-DEVICE_FACTOR = 4
-"""How much more time a check gets on an accelerator, which every process has to wake."""
-
 VARIABLES = {"TOKENIZERS_PARALLELISM": "false"}
 """Of the server: no threads before a fork."""
 
@@ -84,12 +82,13 @@ class Gate:
         self._channel: socket.socket | None = None
         self._families: Mapping[str, families.Family] = {}
         self._ran_out: collections.Counter[tuple[str, Path]] = collections.Counter()
+        self._looked_at: set[tuple[str, Path]] = set()
         self._here = contextlib.ExitStack()
         self._shared: Session | None = None
 
     def run(self, item: Item, options: Options) -> Result:
         """What becomes of an item. Never raises for what a port or a check does."""
-        seconds = seconds_for(item, options, ran_out=self._ran_out[item.port.name, item.port.root])
+        seconds = seconds_for(options, ran_out=self._ran_out[item.port.name, item.port.root])
         values = {"item": item, "options": options}
         if not can_fork(item.backend) and sys.platform == "linux":
             # The server looks for the device, so that the frameworks are imported here only where there is one.
@@ -97,7 +96,7 @@ class Gate:
             if skipped is not None:
                 return Result(**skipped)
         answer = self._ask("run", values, seconds=seconds, backend=item.backend)
-        self._ran_out[item.port.name, item.port.root] += answer["seconds"] >= seconds
+        self._ran_out[item.port.name, item.port.root] += can_fork(item.backend) and answer["seconds"] >= seconds
         if "ended" in answer:
             values |= {"reason": answer["ended"], "case": answer["case"], "seconds": answer["seconds"]}
             told = self._ask("report_end", values, seconds=seconds, backend=item.backend)
@@ -114,7 +113,9 @@ class Gate:
 
     def require_classes(self, port: Port) -> None:
         """Raises DescriptionError when what a description names is not what it should be; see `harness.ports`."""
-        self._ask("require_classes", {"port": port}, seconds=PREPARE_SECONDS)  # one that ends it is what checks report
+        if (port.name, port.root) not in self._looked_at:
+            self._ask("require_classes", {"port": port}, seconds=PREPARE_SECONDS)  # a crash is what checks report
+            self._looked_at.add((port.name, port.root))
 
     def configuration_class(self, model: str, root: Path) -> str | None:
         """The spec of a model's `config_class`, if it names one."""
@@ -186,8 +187,12 @@ class Gate:
         self._families = families.registered()
         parent = os.getpid()
         for stream in (sys.stdout, sys.stderr):
-            stream.flush()
-        server = os.fork()
+            with contextlib.suppress(AttributeError, OSError, ValueError):  # none, or a closed one
+                stream.flush()
+        with warnings.catch_warnings():
+            # Later releases of Python warn where there are threads; the server uses nothing that they may hold.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            server = os.fork()
         if server == 0:
             try:
                 ours.close()
@@ -212,13 +217,12 @@ def can_fork(backend: str) -> bool:
     return sys.platform == "linux" and backend.endswith("-cpu")
 
 
-def seconds_for(item: Item, options: Options, *, ran_out: int) -> float:
-    """How long an item may take, when so many of its port ran out of time before."""
+def seconds_for(options: Options, *, ran_out: int) -> float:
+    """How long a check may take, when so many of its port ran out of time before."""
     from harness.runner import PROFILES
 
-    device = 1 if item.backend == "torch-cpu" else DEVICE_FACTOR
     less = next((less for least, less in LESS_TIME if ran_out >= least), options.time_limit)
-    return min(options.time_limit, less) * PROFILES[options.profile] * device
+    return min(options.time_limit, less) * PROFILES[options.profile]
 
 
 def _wait(server: int, *, seconds: float) -> None:
