@@ -5,13 +5,15 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from harness.errors import Mismatch
 
 if TYPE_CHECKING:
     import torch
+
+    from harness.families import Tap
 
 Output = TypeVar("Output")
 
@@ -55,6 +57,19 @@ def capture(
     if silent := set(places) - set(seen) - parted:
         raise Mismatch(f"{type(module).__name__} did not run the submodules of {', '.join(sorted(silent))}")
     return outputs, seen
+
+
+def capture_both(
+    taps: Sequence[Tap],
+    original: tuple[torch.nn.Module, Callable[[], object]],
+    port: tuple[torch.nn.Module, Callable[[], object]],
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """What port and original, each a model and a call of it, return at the taps whose module the port has, by name."""
+    names = {name for name, _ in port[0].named_modules()}
+    present = [tap for tap in taps if tap.port in names]
+    _, theirs = capture(original[0], {tap.name: tap.original for tap in present}, original[1])
+    _, ours = capture(port[0], {tap.name: tap.port for tap in present}, port[1], in_parts=True)
+    return ours, theirs
 
 
 @dataclasses.dataclass(kw_only=True)

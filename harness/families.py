@@ -138,6 +138,11 @@ class Family:
     backends: Sequence[str] = ("torch-cpu", "torch-cuda", "torch-mps")
 
 
+def taps_of(family: Family, fields: Fields) -> Sequence[Tap]:
+    """The places of a configuration at which both models are compared; none where the family names none."""
+    return family.taps(fields) if family.taps is not None else ()
+
+
 def register_family(family: Family) -> Family:
     """Makes a family known in this process, as a `conftest.py` does; a second one of the same name replaces it."""
     _registered[family.name] = family

@@ -32,10 +32,11 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from harness import families, processes
+from harness.checks import in_fresh_process
 from harness.errors import DescriptionError, NotHere, OutOfTime, ParityError
-from harness.guards import refuse_trespass
+from harness.guards import refuse_trespass, torch_kept
 from harness.ports import Port, places_of_code
-from harness.questions import ANSWERED_AT_ONCE, QUESTIONS, as_values, report_end
+from harness.questions import HARMLESS, QUESTIONS, as_values, report_end
 from harness.results import Result
 from harness.sandbox import jobs, last_line, read_bounded, signal_name
 
@@ -66,7 +67,8 @@ VARIABLES = {"TOKENIZERS_PARALLELISM": "false"}
 def gate(items: Iterable[Item] = ()) -> Iterator[Gate]:
     """Where the items of one run are answered. What needs fresh processes gets ready in the background, if one does."""
     with tempfile.TemporaryDirectory(prefix="parity-") as directory:
-        opened = Gate(Path(directory).resolve(), warm=any(item.in_fresh_process for item in items))
+        warm = any(in_fresh_process(item.check.id, item.route) for item in items)
+        opened = Gate(Path(directory).resolve(), warm=warm)
         try:
             yield opened
         finally:
@@ -90,11 +92,10 @@ class Gate:
         """What becomes of an item. Never raises for what a port or a check does."""
         seconds = seconds_for(options, ran_out=self._ran_out[item.port.name, item.port.root])
         values = {"item": item, "options": options}
-        if not can_fork(item.backend) and sys.platform == "linux":
-            # The server looks for the device, so that the frameworks are imported here only where there is one.
-            skipped = self._ask("skip", values, seconds=seconds)["value"]
-            if skipped is not None:
-                return Result(**skipped)
+        # The server looks for a device, so that the frameworks are imported here only where there is one.
+        skipped = self._ask("skip", values, seconds=PREPARE_SECONDS)["value"]
+        if skipped is not None:
+            return Result(**skipped)
         answer = self._ask("run", values, seconds=seconds, backend=item.backend)
         self._ran_out[item.port.name, item.port.root] += can_fork(item.backend) and answer["seconds"] >= seconds
         if "ended" in answer:
@@ -177,7 +178,8 @@ class Gate:
         from harness.runner import session
 
         if self._shared is None:
-            self._shared = self._here.enter_context(session())
+            opened = self._here.enter_context(session())
+            self._shared = dataclasses.replace(opened, complaints=[torch_kept()])
         return self._shared
 
     # The server
@@ -306,11 +308,10 @@ class Answerer:
     def answer(self, message: Mapping[str, Any]) -> dict[str, Any]:
         """The answer to a question as `value` or `error`, or as `ended` how the process ended without one."""
         values = message["values"]
-        at_once = ANSWERED_AT_ONCE.get(message["question"])
-        value = at_once(values) if at_once else None
-        if value is not None or message["question"] not in QUESTIONS:
-            return {"value": value}
-        fresh = _needs_fresh_process(values)
+        if message["question"] in HARMLESS:
+            return {"value": QUESTIONS[message["question"]](self._shared, values)}
+        asked = values.get("item") or values.get("recorded")
+        fresh = asked is not None and in_fresh_process(asked["check"], asked["route"])
         if fresh and not self._knows_sandbox:
             self.end()
         about = [_port_of(values), values.get("options", {}).get("report")]
@@ -397,11 +398,6 @@ def _port_of(values: Mapping[str, Any]) -> Any:
     return values.get("port") or values.get("item", {}).get("port")
 
 
-def _needs_fresh_process(values: Mapping[str, Any]) -> bool:
-    asked = values.get("item") or values.get("recorded") or {}
-    return "remote_code" in (asked.get("route"), str(asked.get("check")).partition(".")[0])
-
-
 # In a child
 
 
@@ -411,7 +407,8 @@ def _be_child(
     """Answers questions until nobody asks, or until one shows that something is not well."""
     os.environ["TMPDIR"] = tempfile.tempdir = str(directory)
     refusal = refuse_trespass(code=[] if port is None else places_of_code(port), writable=writable)
-    shared = dataclasses.replace(shared, complaints=[refusal], case_file=directory / CASE, alone=True)
+    # Before anything of the port is imported: from then on the original would compute with what it replaces.
+    shared = dataclasses.replace(shared, complaints=[torch_kept(), refusal], case_file=directory / CASE, alone=True)
     is_well = True
     with channel.makefile("rwb") as lines:
         while is_well and (line := lines.readline()):

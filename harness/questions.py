@@ -68,7 +68,7 @@ def _run(shared: Session, values: Values) -> dict[str, Any]:
     return as_json(run_item(_item(values["item"]), _options(values["options"]), shared))
 
 
-def _skip(values: Values) -> dict[str, Any] | None:
+def _skip(shared: Session, values: Values) -> dict[str, Any] | None:
     from harness.runner import skipped
 
     result = skipped(_item(values["item"]))
@@ -112,6 +112,7 @@ def report_end(shared: Session | None, values: Values) -> dict[str, Any]:
 
 
 QUESTIONS: Mapping[str, Callable[[Session, Values], Any]] = {
+    "skip": _skip,
     "run": _run,
     "replay": _replay,
     "require_classes": _require_classes,
@@ -119,5 +120,5 @@ QUESTIONS: Mapping[str, Callable[[Session, Values], Any]] = {
     "report_end": report_end,
 }
 
-ANSWERED_AT_ONCE: Mapping[str, Callable[[Values], Any]] = {"run": _skip, "skip": _skip}
-"""Where an answer needs no foreign code: None when it does."""
+HARMLESS = frozenset({"skip"})
+"""Questions whose answers need no foreign code."""

@@ -118,11 +118,6 @@ class Item:
         """The item's id below its port."""
         return f"{self.check.id}[{self.variant}]"
 
-    @property
-    def in_fresh_process(self) -> bool:
-        """Whether the model under test runs in another process."""
-        return "remote_code" in (self.route, self.check.id.partition(".")[0])
-
 
 def plan(ports: Sequence[Port], options: Options) -> list[Item]:
     """Every item of the ports, in the catalogue's order; imports families, but no framework.
@@ -192,12 +187,9 @@ class Session:
 
 def run_item(item: Item, options: Options, shared: Session) -> Result:
     """What becomes of an item, in this process. Never raises for what a port or a check does."""
-    from harness.guards import torch_kept
-
     started = time.perf_counter()
     if result := skipped(item):
         return result
-    shared = dataclasses.replace(shared, complaints=[torch_kept(), *shared.complaints])
     with contained(), tempfile.TemporaryDirectory(dir=shared.root) as directory:
         try:
             outcome = _explore(item, options, shared, Path(directory))

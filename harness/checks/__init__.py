@@ -53,6 +53,11 @@ def check_ids() -> list[str]:
     return [check.id for check in CATALOGUE]
 
 
+def in_fresh_process(check: str, route: str) -> bool:
+    """Whether the model under test runs in another process, by a check's id and its route."""
+    return "remote_code" in (route, check.partition(".")[0])
+
+
 EVERY_ROUTE = (MAIN, "direct", "pretrained", "remote_code")
 
 CATALOGUE: tuple[Check, ...] = (

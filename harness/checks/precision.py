@@ -8,13 +8,14 @@ import dataclasses
 import torch
 
 from harness.backends import pytorch
-from harness.capture import capture
+from harness.capture import capture_both
 from harness.cases import Case
 from harness.checks.generation import incremental_logits
 from harness.checks.loss import at_least_two_tokens, original_targets, port_labels
 from harness.checks.masks import padded_batch, unpadded_logits
 from harness.checks.training import original_gradients, port_gradients
 from harness.errors import Mismatch, Skip
+from harness.families import taps_of
 from harness.layout import layout_of
 from harness.numerics import require_calibrated
 from harness.trial import (
@@ -57,14 +58,12 @@ def _as_wide_as_the_original(trial: Trial, case: Case, pair: Pair) -> None:
 
     With few layers the sum of the residual stream shows no error that is large enough.
     """
-    taps = trial.family.taps(case.fields) if trial.family.taps is not None else ()
-    names = {name for name, _ in pair.port.named_modules()}
-    present = [tap for tap in taps if tap.port in names]
     tokens, targets = pair.batch.tokens, pair.batch.targets
-    places = {tap.name: tap.original for tap in present}
-    _, theirs = capture(pair.original, places, lambda: _original(trial, pair, tokens, targets, "logits"))
-    places = {tap.name: tap.port for tap in present}
-    _, ours = capture(pair.port, places, lambda: port_logits(trial, pair.port, tokens), in_parts=True)
+    ours, theirs = capture_both(
+        taps_of(trial.family, case.fields),
+        (pair.original, lambda: _original(trial, pair, tokens, targets, "logits")),
+        (pair.port, lambda: port_logits(trial, pair.port, tokens)),
+    )
     for name, tensor in ours.items():
         if tensor.dtype.itemsize < theirs[name].dtype.itemsize:
             raise Mismatch(

@@ -21,12 +21,10 @@ def settings(trial: Trial, case: Case) -> dict[str, float]:
     switched off for good, torch.nn.functional.gelu replaced by one's own.
     """
     changed = {"importing it": changed_by_import(trial.port)}
-    pair: list[Pair] = []
-    uses: dict[str, Callable[[], object]] = {"loading it": lambda: pair.append(_pair(trial, case))}
-    with _found(changed, "loading it"):
-        uses["loading it"]()
-    for name, use in _uses(trial, pair[0]).items():
-        with _found(changed, name):
+    with watched(changed.setdefault("loading it", [])):
+        pair = _pair(trial, case)
+    for name, use in _uses(trial, pair).items():
+        with watched(changed.setdefault(name, [])):
             use()
     for name, found in changed.items():
         if found:
@@ -48,10 +46,6 @@ def random_numbers(trial: Trial, case: Case) -> dict[str, float]:
         for generator in reseeded(use):
             raise Mismatch(f"{name} seeds the generator of {generator} anew; seeds are the caller's to set")
     return {"uses": float(len(uses))}
-
-
-def _found(changed: dict[str, list[str]], name: str) -> Any:
-    return watched(changed.setdefault(name, []))
 
 
 def _pair(trial: Trial, case: Case) -> Pair:

@@ -11,13 +11,14 @@ from typing import Any
 
 import torch
 
-from harness.capture import capture
+from harness.capture import capture_both
 from harness.cases import Case
 from harness.cases.batches import Padded
 from harness.checks.loss import at_least_two_tokens, original_targets, port_labels, training_loss
 from harness.checks.masks import padded_batch
 from harness.checks.untouched import untouched
 from harness.errors import Mismatch, Skip
+from harness.families import taps_of
 from harness.layout import layout_of
 from harness.numerics import FLOAT32_GRADIENT_BOUND, SEMANTICS_BOUND, relative_error, require_shape
 from harness.trial import (
@@ -239,18 +240,18 @@ def _same_share_left_alone(trial: Trial, case: Case, pair: Pair, attention: str)
     Dropout at the end of every branch leaves some; in front of a branch's last product it leaves none, with logits
     that spread much the same.
     """
-    taps = trial.family.taps(case.fields) if trial.family.taps is not None else ()
-    names = {name for name, _ in pair.port.named_modules()}
+    taps = taps_of(trial.family, case.fields)
     stream = [tap for tap in taps if tap.name == "embedding" or re.fullmatch(r"block\.\d+", tap.name)]
-    if len(stream) < 2 or not all(tap.port in names for tap in stream):
+    if len(stream) < 2:
         return
     tokens = pair.batch.tokens.expand(DRAWS, -1)
     targets = pair.batch.targets.expand(DRAWS, -1)
-    places = {tap.name: tap.original for tap in stream}
-    _, theirs = capture(pair.original, places, lambda: run_original(trial, pair.original, tokens, targets))
-    places = {tap.name: tap.port for tap in stream}
-    _, ours = capture(pair.port, places, lambda: port_logits(trial, pair.port, tokens), in_parts=True)
-    if ours.keys() != theirs.keys():
+    ours, theirs = capture_both(
+        stream,
+        (pair.original, lambda: run_original(trial, pair.original, tokens, targets)),
+        (pair.port, lambda: port_logits(trial, pair.port, tokens)),
+    )
+    if ours.keys() != {tap.name for tap in stream}:
         return
     for before, after in itertools.pairwise(tap.name for tap in stream):
         found, expected = (float((seen[after] == seen[before]).double().mean()) for seen in (ours, theirs))

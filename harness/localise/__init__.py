@@ -11,9 +11,10 @@ from collections.abc import Callable
 import torch
 
 from harness.backends import NO_FLOAT64
-from harness.capture import capture
+from harness.capture import capture_both
 from harness.cases import Case
 from harness.checks import Check
+from harness.families import taps_of
 from harness.localise.finding import Divergence, Search
 from harness.numerics import SEMANTICS_BOUND
 from harness.routes import main_route
@@ -38,15 +39,13 @@ Compared = list[tuple[str, torch.Tensor, torch.Tensor]]
 
 def compare_taps(trial: Trial, case: Case, pair: Pair) -> Compared:
     """(tap, port's output, original's output) at every tap both models have, in the order data passes them."""
-    taps = trial.family.taps(case.fields) if trial.family.taps is not None else []
-    names = {name for name, _ in pair.port.named_modules()}
-    present = [tap for tap in taps if tap.port in names]
     tokens, targets = pair.batch.tokens, pair.batch.targets
-    places = {tap.name: tap.original for tap in present}
-    _, theirs = capture(pair.original, places, lambda: run_original(trial, pair.original, tokens, targets))
-    places = {tap.name: tap.port for tap in present}
-    _, ours = capture(pair.port, places, lambda: port_logits(trial, pair.port, tokens), in_parts=True)
-    return [(tap.name, ours[tap.name].cpu(), theirs[tap.name].cpu()) for tap in present if tap.name in ours]
+    ours, theirs = capture_both(
+        taps_of(trial.family, case.fields),
+        (pair.original, lambda: run_original(trial, pair.original, tokens, targets)),
+        (pair.port, lambda: port_logits(trial, pair.port, tokens)),
+    )
+    return [(name, ours[name].cpu(), expected.cpu()) for name, expected in theirs.items() if name in ours]
 
 
 def locate(trial: Trial, case: Case, check: Check, *, seconds: float = SECONDS) -> Divergence | None:

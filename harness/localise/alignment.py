@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 
 from harness.capture import Call, watch
-from harness.families import Tap
+from harness.families import Tap, taps_of
 from harness.localise.finding import Search, distance
 from harness.narrowing import WORTH_A_LOOK, narrows
 from harness.numerics import FLOAT32_INSIDE_BOUND
@@ -60,7 +60,7 @@ def compare(trial: Trial, pair: Pair, fields: Mapping[str, object], tokens: torc
     targets = torch.zeros_like(tokens)
     theirs, expected = watch(pair.original, lambda: run_original(trial, pair.original, tokens, targets)["logits"])
     ours, actual = watch(pair.port, lambda: port_logits(trial, pair.port, tokens))
-    taps = list(trial.family.taps(fields)) if trial.family.taps is not None else []
+    taps = taps_of(trial.family, fields)
     first = {call.path: call for call in reversed(expected)}
     ran = {call.path: call for call in reversed(actual)}
     have = {path for path, _ in pair.port.named_modules()}

@@ -13,7 +13,7 @@ import torch
 from harness.capture import Call, watch
 from harness.cases.batches import Side, pad
 from harness.errors import ParityError
-from harness.localise.finding import Divergence, Search, distance, require_time, while_there_is_time
+from harness.localise.finding import Divergence, Search, distance, require_time, tap_names, while_there_is_time
 from harness.localise.visibility import is_seen, is_unseen, listed, visible
 from harness.ports import lacks
 from harness.trial import call_port, port_logits, takes
@@ -167,8 +167,7 @@ def _of_setting(search: Search, setting: Setting) -> Divergence | None:
 
 def _module(search: Search, whole: list[Call], step: list[Call], row: int, position: int, start: int) -> str | None:
     """The first innermost module that gives something else with the cache, by the family's name for it or its path."""
-    taps = search.trial.family.taps(search.case.fields) if search.trial.family.taps is not None else []
-    names = {tap.port: tap.name for tap in taps}
+    names = tap_names(search)
     first = {call.path: call.output for call in reversed(whole)}
     differing = []
     for call in step:

@@ -11,6 +11,7 @@ from typing import TypeVar
 import torch
 
 from harness.cases import Case
+from harness.families import taps_of
 from harness.numerics import relative_error
 from harness.trial import Pair, Trial
 
@@ -49,6 +50,11 @@ class Search:
     dtype: str
     until: float
     bound: float
+
+
+def tap_names(search: Search) -> dict[str, str]:
+    """The family's names of places, by the port's paths."""
+    return {tap.port: tap.name for tap in taps_of(search.trial.family, search.case.fields)}
 
 
 def while_there_is_time(items: Iterable[Item], until: float) -> Iterator[Item]:

@@ -6,12 +6,12 @@ from __future__ import annotations
 import functools
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 
 from harness.capture import watch
-from harness.families import Tap
+from harness.families import taps_of
 from harness.localise import operations
 from harness.localise.alignment import Comparison, Spot
 from harness.localise.elsewhere import name_of_factor
@@ -122,19 +122,17 @@ def _passed(comparison: Comparison, spot: Spot, like: torch.Tensor) -> dict[str,
 
 def taps_before(search: Search, spot: Spot) -> list[str]:
     """Names of the taps that data passes before a place."""
-    names = [tap.name for tap in _taps(search)]
+    names = [tap.name for tap in taps_of(search.trial.family, search.case.fields)]
     return names[: names.index(spot.name)] if spot.name in names else names
-
-
-def _taps(search: Search) -> Sequence[Tap]:
-    return search.trial.family.taps(search.case.fields) if search.trial.family.taps is not None else ()
 
 
 def of_order(search: Search, comparison: Comparison, spot: Spot, suspects: Iterable[str]) -> Iterator[str]:
     """Modules that the port skips or exchanges, tried in the original."""
     original = search.pair.original
     whole = {call.path: call for call in reversed(comparison.original)}
-    paths = {tap.name: tap.original for tap in _taps(search) if tap.original in whole}
+    paths = {
+        tap.name: tap.original for tap in taps_of(search.trial.family, search.case.fields) if tap.original in whole
+    }
     actual = spot.given[0] if spot.given is not None else spot.output[0]
     error = spot.error_in if spot.given is not None and spot.error_in is not None else spot.error_out
     for name in suspects:

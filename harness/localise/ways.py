@@ -10,7 +10,7 @@ import torch
 
 from harness.backends.pytorch import DTYPES, device_of
 from harness.capture import Call, watch
-from harness.localise.finding import Divergence, Search, distance, explains
+from harness.localise.finding import Divergence, Search, distance, explains, tap_names
 from harness.localise.relations import factor_between, number, relation_of_outputs
 from harness.trial import call_port, copied, each_attention, outputs_of, port_logits, takes
 
@@ -67,7 +67,7 @@ def _compared(
     for call in _innermost(differing)[:1]:
         ours, theirs = _common(call.output, first[call.path].output)
         said = next(_relations(search, ours, theirs, whole), None)
-        name = _names(search).get(call.path, call.path)
+        name = tap_names(search).get(call.path, call.path)
         sentence = f"{words}, {name} is the first module that gives something else"
         return Divergence(module=name, sentence=sentence + (f": its output {said}" if said else ""))
     ours, theirs = _common(actual, expected)
@@ -84,7 +84,7 @@ def _relations(search: Search, actual: torch.Tensor, expected: torch.Tensor, cal
         part, _ = _common(call.output, expected)
         factor = factor_between(actual - expected, part) if part.shape == expected.shape else None
         if factor is not None and explains(expected + factor * part, actual, error=error, bound=search.bound):
-            yield f"has {number(1 + factor)}x the output of {_names(search).get(call.path, call.path)}"
+            yield f"has {number(1 + factor)}x the output of {tap_names(search).get(call.path, call.path)}"
     if said := relation_of_outputs(actual, expected, error=error, bound=search.bound):
         yield said
 
@@ -92,11 +92,6 @@ def _relations(search: Search, actual: torch.Tensor, expected: torch.Tensor, cal
 def _innermost(calls: list[Call]) -> list[Call]:
     """The calls of modules none of whose parts is among the calls."""
     return [call for call in calls if not any(other.path.startswith(call.path + ".") for other in calls)]
-
-
-def _names(search: Search) -> dict[str, str]:
-    taps = search.trial.family.taps(search.case.fields) if search.trial.family.taps is not None else []
-    return {tap.port: tap.name for tap in taps}
 
 
 def _common(left: torch.Tensor | None, right: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -136,7 +131,7 @@ def _masked(search: Search) -> Divergence | None:
             broken = [call for call in calls if call.output is not None and not bool(call.output.isfinite().all())]
             # Where it begins: what it was given is finite.
             inner = _innermost([call for call in broken if all(bool(x.isfinite().all()) for x in call.inputs[:1])])
-            name = _names(search).get(inner[0].path, inner[0].path) if inner else "logits"
+            name = tap_names(search).get(inner[0].path, inner[0].path) if inner else "logits"
             output = inner[0].output if inner else logits
             assert output is not None
             place = (~output.isfinite()).nonzero()[0].tolist()

@@ -602,7 +602,7 @@ def test_a_directory_below_the_repository_gets_its_workflow_at_the_top(
     ("written", "requirement"),
     [
         (None, ""),
-        ('{"url": "file:///work/main", "dir_info": {"editable": true}}', ""),
+        ('{"url": "file:///home/ann/project", "dir_info": {"editable": true}}', ""),
         (
             '{"url": "https://example.org/parity", "vcs_info": {"vcs": "git", "commit_id": "abc"}}',
             "git+https://example.org/parity@abc",

@@ -68,6 +68,14 @@ def test_what_a_port_does_to_its_process_is_told_and_goes_no_further(
     assert rude.config is not None or "watches" in words
 
 
+def test_what_a_port_replaces_when_it_is_imported_is_told_of_a_port_alone(
+    tmp_path: Path, plain_port: PlainPort
+) -> None:
+    rude = plain_port(tmp_path, more="torch.nn.functional.gelu = lambda x: x")
+    (result,) = check_parity(rude, **CAUSAL)  # its class is looked at before its first check
+    assert (result.status, "torch.nn.functional.gelu is replaced" in result.reason) == ("failed", True)
+
+
 @pytest.mark.parametrize(
     "swallowed",
     [
