@@ -331,6 +331,15 @@ class Store:
         """A branch at a revision, at main where that is None. Refuses: exists, no_revision, bad_request."""
         self._create_ref(repository, "refs/heads/", name, at=at or MAIN, message="", author=author)
 
+    def set_branch(self, repository: Repository, name: str, *, to: str) -> None:
+        """Moves a branch to another revision, as a forced push does. Refuses: no_revision."""
+        with self._changing(repository) as connection:
+            full = f"refs/heads/{name}"
+            if not names.is_text(name) or self._target(repository.key, full) is None:
+                raise _refusal("no_revision", f"{repository.id} has no branch {name!r}")
+            oid = self.resolve(repository, to)
+            connection.execute("UPDATE refs SET oid = ? WHERE repository = ? AND full = ?", (oid, repository.key, full))
+
     def delete_branch(self, repository: Repository, name: str) -> None:
         """Its commits can still be asked for by their ids. Refuses: no_revision; forbidden for main."""
         if name == MAIN:
@@ -490,11 +499,16 @@ class Store:
             self._repository(repository.key)
             yield connection
 
-    def _repository(self, key: int) -> Repository:
+    def repository_with_key(self, key: int) -> Repository | None:
+        """The repository of a key, whatever it is called now."""
         rows = self.database.read(f"SELECT {_REPOSITORY} FROM repositories WHERE key = ?", (key,))
-        if not rows:
+        return _as_repository(rows[0]) if rows else None
+
+    def _repository(self, key: int) -> Repository:
+        found = self.repository_with_key(key)
+        if found is None:
             raise _refusal("no_repository", "the repository is gone")
-        return _as_repository(rows[0])
+        return found
 
     def _free(self, connection: sqlite3.Connection, type: str, owner: str, name: str) -> None:
         """Makes an id free to be given: no repository has it, and it leads to none. Refuses: exists."""
