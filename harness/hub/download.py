@@ -58,7 +58,7 @@ def verified_snapshot(
     """
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.hf_api import RepoFile
-    from huggingface_hub.utils import filter_repo_objects
+    from huggingface_hub.utils import filter_repo_objects  # type: ignore[attr-defined]
 
     api = HfApi(endpoint=endpoint, token=token)
     what = f"{repo_id} at {revision or 'main'}"

@@ -17,6 +17,7 @@ from typing import Self
 from harness.errors import DescriptionError
 from harness.hub.accounts import Accounts, Organisation, User
 from harness.hub.api import handler
+from harness.hub.api.admin import ROOT as ADMIN
 from harness.hub.api.calls import TYPES, Hub, Sizes
 from harness.hub.faults import Fault, Faults
 from harness.hub.journal import Journal
@@ -121,6 +122,7 @@ class HubServer:
                 log=self._log,
                 move=self._move,
                 share_port=self._share_port,
+                aside=f"/{ADMIN}/",
             )
             wire.start()
         except BaseException:

@@ -59,6 +59,7 @@ class _Exchange:
     body: IncomingBody | None = None
     keep_alive: bool = False
     fault: Fault | None = None
+    aside: bool = False
 
 
 class Wire:
@@ -66,7 +67,7 @@ class Wire:
 
     port: 0 lets the system choose at the first start. share_port: another socket of the same user may be bound to the
     port meanwhile, see `reserved_port`. log: gets what an operator must know, a handler's traceback for one. move:
-    called with a fault's `move`.
+    called with a fault's `move`. aside: requests whose target begins so meet no faults and stay out of the journal.
     """
 
     def __init__(
@@ -81,6 +82,7 @@ class Wire:
         log: Callable[[str], None],
         move: Callable[[Mapping[str, str]], None],
         share_port: bool = False,
+        aside: str | None = None,
     ) -> None:
         self.host, self.port = host, port
         self._handler = handler
@@ -90,6 +92,7 @@ class Wire:
         self._log = log
         self._move = move
         self._share_port = share_port
+        self._aside = aside
         self._series = secrets.token_hex(4)
         self._numbers = itertools.count(1)
         self._client_numbers = itertools.count(1)
@@ -274,7 +277,8 @@ class Wire:
         headers = exchange.headers = parsing.header_fields(others, limit=self._limits.headers)
         framing = parsing.framing(line, headers)
         path, query = parsing.target_parts(line)
-        fault = exchange.fault = self._faults.take(line.method, line.target)
+        exchange.aside = self._aside is not None and line.target.startswith(self._aside)
+        fault = exchange.fault = None if exchange.aside else self._faults.take(line.method, line.target)
         exchange.keep_alive = framing.keep_alive
         exchange.body = IncomingBody(
             exchange.client.stream,
@@ -368,6 +372,8 @@ class Wire:
         return False
 
     def _record(self, exchange: _Exchange, *, status: int | None, content_length: int | None) -> None:
+        if exchange.aside:
+            return
         headers = exchange.headers
         self._journal.record(
             request_id=exchange.id,

@@ -359,7 +359,7 @@ def test_a_tree_of_ten_thousand_files_is_written_read_and_sound(ask: Ask, model:
         link = headers.get("link", "")
         target = link.partition(">")[0].removeprefix("<")
     assert len(listed) == len(set(listed)) == 10_003
-    assert fsck(hub.root) == []
+    assert fsck(hub.store) == []
 
 
 def test_a_range_gives_exactly_the_bytes_asked_for(ask: Ask, model: str) -> None:

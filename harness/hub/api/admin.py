@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from harness.hub.api.calls import JSON_BYTES, Hub, json_object
-from harness.hub.faults import Fault
+from harness.hub.faults import faults_from_json
 from harness.hub.messages import Request, Response, json_response
 from harness.hub.refusals import Refusal
 
@@ -18,15 +18,11 @@ def answer(hub: Hub, request: Request) -> Response:
     page = request.path[1:]
     if page == ("faults",):
         if request.method == "GET":
-            return json_response({"faults": [fault.as_json() for fault in hub.faults.all()]})
+            return json_response({"faults": hub.faults.as_json()})
         if request.method == "POST":
             body = json_object(request.body.read(limit=JSON_BYTES), what="the body")
-            described = body.get("faults")
-            if not isinstance(described, list):
-                raise Refusal(kind="bad_request", message="the body must be an object with a list 'faults'")
-            faults = [Fault.from_json(each) for each in described]
-            hub.faults.add(*faults)
-            return json_response({"faults": [fault.as_json() for fault in hub.faults.all()]})
+            hub.faults.add(*faults_from_json(body.get("faults")))
+            return json_response({"faults": hub.faults.as_json()})
         if request.method == "DELETE":
             hub.faults.clear()
             return json_response({})
