@@ -105,9 +105,17 @@ def check_schema(connection: sqlite3.Connection, path: Path) -> None:
 
 
 @contextlib.contextmanager
-def locked(root: Path) -> Iterator[None]:
-    """Holds the directory for this process. Raises DescriptionError, with the other's id, where one has it already."""
-    descriptor = os.open(root / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+def locked(root: Path, *, make: bool = False) -> Iterator[None]:
+    """Holds the directory for this process; with `make` it need not be there.
+
+    Raises DescriptionError where another process has it, with that one's id, or where it is no directory to write in.
+    """
+    try:
+        if make:
+            root.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(root / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise DescriptionError(f"{root} cannot be the root of a Hub ({error.strerror}); give another root") from None
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
