@@ -159,7 +159,13 @@ def test_killed_before_each_statement(tmp_path: Path) -> None:
         commits = store.commits(repository, store.resolve(repository, "main"), count=100000)
         head = store.entry(repository, commits[0].oid, "w/a.txt")
         assert store.blobs.path(head.sha256).read_bytes() == commits[0].title.encode() + b"a.txt"
-        print(json.dumps([step, "head", commits[0].oid, sorted(r.id for r in store.repositories("model"))]), flush=True)
+        (made,) = store.database.read("SELECT count(*) FROM histories WHERE repository = ?", (repository.key,))
+        assert made == (len(commits),), "a commit that stands on no branch"
+        for other in store.repositories("model"):
+            for ref in store.refs(other):
+                if ref.full == "refs/pr/1":
+                    assert store.commit_of(other, ref.oid).parent == store.resolve(other, "main"), "an empty proposal"
+        print(json.dumps([step, "head", commits[0].oid]), flush=True)
         store.close()
     """
     done = subprocess.run(
