@@ -34,11 +34,11 @@ class Blobs:
         self.directory = root / "blobs" / "sha256"
         self.unfinished = root / "unfinished"
         self._numbers = itertools.count()
+
+    def open(self) -> None:
+        """Makes the folders, and removes what writers that were killed have left. Nobody may be writing."""
         self.directory.mkdir(parents=True, exist_ok=True)
         self.unfinished.mkdir(exist_ok=True)
-
-    def sweep(self) -> None:
-        """Removes what writers that were killed have left behind. Nobody may be writing."""
         for left in self.unfinished.iterdir():
             left.unlink()
 
@@ -66,6 +66,7 @@ class Blobs:
                 raise Refusal(kind="bad_request", message=f"the content has {length} bytes; announced were {size}")
             if sha256 is not None and found != sha256:
                 raise Refusal(kind="bad_request", message=f"the content has SHA-256 {found}; announced was {sha256!r}")
+            # Not forced to the disk: a killed process loses nothing, a power loss may, which fsck tells.
             # What is there already is replaced by the same, which also mends a blob that was damaged on disk.
             self._move(path, self.path(found))
         except BaseException:

@@ -56,6 +56,8 @@ def run_hub(arguments: argparse.Namespace) -> int:
     from harness.hub.refusals import Refusal
     from harness.hub.server import ALICE, HubServer
 
+    if not 0 <= arguments.port < 1 << 16:
+        raise DescriptionError(f"--port {arguments.port}: a port is a number from 1 to 65535, or 0 for a free one")
     users = [user_from(text) for text in arguments.user] or [ALICE]
     organisations = [organisation_from(text) for text in arguments.organisation]
     asked_to_stop = threading.Event()
@@ -76,8 +78,11 @@ def run_hub(arguments: argparse.Namespace) -> int:
                     log=lambda line: print(line, file=sys.stderr, flush=True),
                 )
             )
-        except (Refusal, OSError) as error:
-            raise DescriptionError(f"the Hub cannot start: {error}") from error
+        except Refusal as refusal:
+            raise DescriptionError(f"the Hub cannot start: {refusal}") from refusal
+        except OSError as error:
+            where = f"{arguments.host}, port {arguments.port}"
+            raise DescriptionError(f"the Hub cannot start on {where}: {error.strerror or error}") from error
         print(hub.url, flush=True)
         if arguments.print_env:
             for name, value in hub.env(token=users[0].token).items():

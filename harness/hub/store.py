@@ -11,7 +11,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal, cast
 
-from harness.errors import DescriptionError
 from harness.hub import names
 from harness.hub.blobs import Blobs
 from harness.hub.database import Database, Row, locked
@@ -179,18 +178,15 @@ class Store:
 
         Raises DescriptionError where another Hub has the root, a newer version made it, or it is none.
         """
+        self.root = root
         self._clock = clock
         self._closing = contextlib.ExitStack()
         with contextlib.ExitStack() as stack:
-            try:
-                root.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise DescriptionError(f"{root} cannot be the root of a Hub: {error}") from None
-            stack.enter_context(locked(root))
+            stack.enter_context(locked(root, make=True))
             self.database = Database(root, schema=SCHEMA + TREES_SCHEMA)
             stack.callback(self.database.close)
             self.blobs = Blobs(root)
-            self.blobs.sweep()
+            self.blobs.open()
             self._trees = Trees(self.database)
             self._closing = stack.pop_all()
 
@@ -379,8 +375,8 @@ class Store:
             "  UNION ALL SELECT commits.parent, distance + 1 FROM line JOIN commits USING (oid)"
             "  WHERE commits.parent IS NOT NULL AND distance + 1 < ?)"
             " SELECT oid, parent, text, author, seconds FROM line JOIN commits USING (oid) WHERE distance >= ?"
-            " ORDER BY distance",
-            (repository.key, oid, start + count, start),
+            " ORDER BY distance LIMIT ?",
+            (repository.key, oid, start + count, start, count),
         )
         return [_as_commit(row) for row in rows]
 

@@ -72,8 +72,8 @@ def test_hf_creates_uploads_downloads_lists_and_deletes(serve: Callable[..., Any
     assert (tmp_path / "back" / "model.safetensors").read_bytes() == b"0" * 5000
     assert "alice" in hf(variables, "auth", "whoami")
     if is_new:
-        assert "alice/model" in hf(variables, "models", "ls", "--author", "alice")
-        assert "alice/model" in hf(variables, "repos", "ls")
+        assert "alice/model" in hf(variables, "models", "ls", "--author", "alice", "--quiet")
+        assert "alice/model" in hf(variables, "repos", "ls", "--quiet")
         hf(variables, "repos", "delete", "alice/model")
     else:
         hf(variables, "repo", "delete", "alice/model")
@@ -110,7 +110,7 @@ def test_it_stops_cleanly_and_what_was_there_is_there_again(
         (["--organisation", "team:nobody"], "no user 'nobody'"),
         (["--host", "0.0.0.0"], "0.0.0.0 is not a loopback address"),
         (["--host", "nowhere.invalid"], "not a loopback address"),
-        (["--port", "70000"], "port"),
+        (["--port", "70000"], "--port 70000: a port is"),
     ],
 )
 def test_what_cannot_be_served_is_one_line_and_exit_2(options: list[str], said: str, tmp_path: Path) -> None:
@@ -170,7 +170,7 @@ def test_faults_and_the_journal_are_there_only_when_asked_for(serve: Callable[..
     _, url, _ = serve(root=tmp_path / "without")
     assert ask("GET", f"{url}/__hub__/faults")[0] == ask("GET", f"{url}/__hub__/journal")[0] == 404
     _, url, _ = serve("--faults")
-    fault = {"match": "^GET /api/models", "status": 418, "times": 1}
+    fault = {"match": "^GET /api/models", "status": 418, "content": {"error": "tea"}, "times": 1}
     status, answer = ask("POST", f"{url}/__hub__/faults", {"faults": [fault, {"match": "x", "nonsense": 1}]})
     assert status == 400 and "nonsense" in answer["error"]
     assert ask("GET", f"{url}/__hub__/faults") == (200, {"faults": []})

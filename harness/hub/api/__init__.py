@@ -132,7 +132,7 @@ def _repository(
     if repository is None and (moved := hub.store.moved_to(kind, identifier)) is not None:
         now = hub.store.find_repository(kind, moved)
         if now is not None and hub.accounts.may_see(now, account):
-            return _redirect(hub, request, kind, identifier, moved)
+            return _redirect(request, kind, identifier, moved)
     if repository is None or not hub.accounts.may_see(repository, account):
         raise no_repository(account, identifier)
     access = endpoint.access
@@ -186,14 +186,15 @@ def no_repository(account: Account | None, identifier: str) -> Refusal:
     return Refusal(kind="no_repository", message=f"Repository not found: {identifier}")
 
 
-def _redirect(hub: Hub, request: Request, kind: str, identifier: str, moved: str) -> Response:
+def _redirect(request: Request, kind: str, identifier: str, moved: str) -> Response:
     """Leads from a repository's old id to its new one, at the same endpoint."""
     start = 2 if request.path[:1] == ("api",) else int(kind != "model")
     end = start + len(identifier.split("/"))
     _, _, query = request.target.partition("?")
     suffix = ".git" if request.path[end - 1].endswith(".git") and not identifier.endswith(".git") else ""
     path = [*request.path[:start], *(moved + suffix).split("/"), *request.path[end:]]
-    location = hub.url() + "/" + "/".join(quote(segment, safe="") for segment in path)
+    # Relative: the older client line follows no other on HEAD.
+    location = "/" + "/".join(quote(segment, safe="") for segment in path)
     return Response(status=307, headers={"Location": location + (f"?{query}" if query else "")})
 
 
