@@ -26,8 +26,9 @@ Put = Callable[..., Commit]
 
 PRELUDE = """
 import json, os, pathlib, sys
-from huggingface_hub import *
-from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+from huggingface_hub import (
+    CommitOperationAdd, CommitOperationCopy, CommitOperationDelete, HfApi, hf_hub_download, snapshot_download
+)
 
 api = HfApi()
 given = json.loads(sys.argv[2])

@@ -30,8 +30,7 @@ PATIENT_SECONDS = 15
 
 PRELUDE = """
 import hashlib, json, os, pathlib, sys, time
-from huggingface_hub import *
-from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+from huggingface_hub import CommitOperationAdd, HfApi, hf_hub_download, snapshot_download
 
 api = HfApi()
 

@@ -166,8 +166,8 @@ def test_a_gated_repository_gives_its_files_to_those_who_were_given_access(share
 @pytest.mark.hub
 def test_a_disabled_repository_says_so_to_everybody(shared: HubServer, client: Client) -> None:
     for token in (None, "hf_alice"):
-        done = everything(shared, client, "alice/disabled", token, only=["info", "files", "snapshot", "download", "upload"])
-        # Of HEAD the client says no more than that it has no file.
+        done = everything(shared, client, "alice/disabled", token, only=["info", "files", "download", "upload"])
+        # Where files are downloaded the client keeps the reason as the cause of this one.
         assert done.pop("download") == "LocalEntryNotFoundError"
         assert set(done.values()) == {"DisabledRepoError 403"}
 

@@ -74,7 +74,7 @@ def test_hf_creates_uploads_downloads_lists_and_deletes(serve: Callable[..., Any
     if is_new:
         assert "alice/model" in hf(variables, "models", "ls", "--author", "alice", "--quiet")
         assert "alice/model" in hf(variables, "repos", "ls", "--quiet")
-        hf(variables, "repos", "delete", "alice/model")
+        hf(variables, "repos", "delete", "alice/model", "--yes")
     else:
         hf(variables, "repo", "delete", "alice/model")
     with pytest.raises(urllib.request.HTTPError, match="401"):
