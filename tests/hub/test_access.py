@@ -3,6 +3,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -43,7 +47,6 @@ def everything(repo):
         "delete": lambda: api.delete_repo(repo),
     }
     return {name: tried(calls[name]) for name in given.get("only", calls)}
-
 """
 
 
@@ -140,18 +143,35 @@ def test_a_gated_repository_gives_its_files_to_those_who_were_given_access(share
         assert set(alice.values()) == {"ok"}
     ask = """
     from huggingface_hub.utils import build_hf_headers, get_session
+
+
     def ask(name):
-        return get_session().post(f"{os.environ['HF_ENDPOINT']}/alice/{name}/ask-access", headers=build_hf_headers()).status_code
-    answer = [ask("auto"), ask("manual"), tried(lambda: hf_hub_download("alice/auto", "f")), tried(lambda: hf_hub_download("alice/manual", "f"))]
+        return (
+            get_session()
+            .post(f"{os.environ['HF_ENDPOINT']}/alice/{name}/ask-access", headers=build_hf_headers())
+            .status_code
+        )
+
+
+    answer = [
+        ask("auto"),
+        ask("manual"),
+        tried(lambda: hf_hub_download("alice/auto", "f")),
+        tried(lambda: hf_hub_download("alice/manual", "f")),
+    ]
     """
     assert client(shared, ask, token="hf_bob") == [200, 200, "ok", "GatedRepoError 403"]
     decide = """
     pending = [r.username for r in api.list_pending_access_requests("alice/manual")]
     api.accept_access_request("alice/manual", "bob")
     api.grant_access("alice/manual", "carol")
-    answer = [pending, sorted(r.username for r in api.list_accepted_access_requests("alice/manual")),
-              tried(lambda: api.accept_access_request("alice/manual", "bob")), tried(lambda: api.grant_access("alice/manual", "nobody")),
-              tried(lambda: list(api.list_pending_access_requests("alice/public")))]
+    answer = [
+        pending,
+        sorted(r.username for r in api.list_accepted_access_requests("alice/manual")),
+        tried(lambda: api.accept_access_request("alice/manual", "bob")),
+        tried(lambda: api.grant_access("alice/manual", "nobody")),
+        tried(lambda: list(api.list_pending_access_requests("alice/public"))),
+    ]
     """
     pending, accepted, again, unknown, ungated = client(shared, decide)
     assert (pending, accepted) == (["bob"], ["bob", "carol"])
@@ -185,20 +205,18 @@ def test_nobody_gets_a_private_file_by_its_hash(shared: HubServer, client: Clien
         shared,
         'api.upload_file(path_or_fileobj=b"secret" * 100, path_in_repo="w.bin", repo_id="alice/private")',
     )
-    script = """
-    import hashlib
-    from huggingface_hub.utils import build_hf_headers, get_session
+    client(shared, 'api.create_repo("bob/thief")', token="hf_bob")
     content = b"secret" * 100
-    api.create_repo("bob/thief")
-    lines = [{"key": "header", "value": {"summary": "mine"}},
-             {"key": "lfsFile", "value": {"path": "w.bin", "algo": "sha256", "oid": hashlib.sha256(content).hexdigest(), "size": len(content)}}]
-    response = get_session().post(f"{os.environ['HF_ENDPOINT']}/api/models/bob/thief/commit/main", headers=build_hf_headers(),
-                                  content="\\n".join(map(json.dumps, lines)).encode()) if hasattr(get_session(), "build_request") else \\
-               get_session().post(f"{os.environ['HF_ENDPOINT']}/api/models/bob/thief/commit/main", headers=build_hf_headers(),
-                                  data="\\n".join(map(json.dumps, lines)).encode())
-    answer = [response.status_code, api.list_repo_files("bob/thief")]
-    """
-    assert client(shared, script, token="hf_bob") == [400, [".gitattributes"]]
+    stolen = {"path": "w.bin", "algo": "sha256", "oid": hashlib.sha256(content).hexdigest(), "size": len(content)}
+    lines = [{"key": "header", "value": {"summary": "mine"}}, {"key": "lfsFile", "value": stolen}]
+    request = urllib.request.Request(
+        f"{shared.url}/api/models/bob/thief/commit/main",
+        data="\n".join(map(json.dumps, lines)).encode(),
+        headers={"Authorization": "Bearer hf_bob"},
+    )
+    with pytest.raises(urllib.error.HTTPError, match="400"):
+        urllib.request.urlopen(request)
+    assert client(shared, 'answer = api.list_repo_files("bob/thief")', token="hf_bob") == [".gitattributes"]
 
 
 # Accounts by themselves
