@@ -136,9 +136,9 @@ class Wire:
         # Another process that was forked meanwhile may hold the listener too: close alone would not end it.
         with contextlib.suppress(OSError):
             listener.shutdown(socket.SHUT_RDWR)
-        listener.close()
         bell[1].close()
         self._threads[0].join()
+        listener.close()
         bell[0].close()
         with self._lock:
             for client in self._clients.values():
