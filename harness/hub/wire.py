@@ -123,7 +123,7 @@ class Wire:
         self.port = listener.getsockname()[1]
         self._stopping.clear()
         self._listener, self._bell = listener, socket.socketpair()
-        accepting = threading.Thread(target=self._accept, name=f"hub {self.port}", daemon=True)
+        accepting = threading.Thread(target=self._accept, name=f"hub {self.port} accepting", daemon=True)
         self._threads = [accepting]
         accepting.start()
 
@@ -222,7 +222,9 @@ class Wire:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeout)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeout)
         client = _Client(next(self._client_numbers), connection, Stream(connection, limits=self._limits))
-        thread = threading.Thread(target=self._serve, args=(client,), name=f"hub client {client.number}", daemon=True)
+        thread = threading.Thread(
+            target=self._serve, args=(client,), name=f"hub {self.port} client {client.number}", daemon=True
+        )
         with self._lock:
             self._clients[client.number] = client
             self._threads = [one for one in self._threads if one.is_alive()] + [thread]

@@ -35,7 +35,6 @@ class Served:
     faults: Faults
     journal: Journal
     log: list[str]
-    moves: list[Mapping[str, str]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,24 +47,23 @@ class Answer:
     whole: bool = True
 
 
-def hub_threads() -> list[str]:
-    """The threads of every server in this process."""
-    return [thread.name for thread in threading.enumerate() if thread.name.startswith("hub ")]
+def threads_of(wire: Wire) -> list[str]:
+    """The threads of one server, by name."""
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith(f"hub {wire.port} ")]
 
 
 @contextlib.contextmanager
 def serving(handler: Handler = echo, **options: Any) -> Iterator[Served]:
     """A server on a port of its own; leaves no thread."""
     log: list[str] = []
-    moves: list[Mapping[str, str]] = []
     faults, journal = Faults(), Journal()
-    wire = Wire(handler, faults=faults, journal=journal, log=log.append, move=moves.append, **options)
+    wire = Wire(handler, faults=faults, journal=journal, log=log.append, **{"move": log.append, **options})
     wire.start()
     try:
-        yield Served(wire, faults, journal, log, moves)
+        yield Served(wire, faults, journal, log)
     finally:
         wire.stop()
-    assert hub_threads() == []
+    assert threads_of(wire) == []
 
 
 def connected(served: Served) -> socket.socket:

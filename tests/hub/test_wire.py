@@ -32,13 +32,13 @@ from tests.hub.raw import (
     Served,
     answers,
     connected,
-    hub_threads,
     next_answer,
     one_answer,
     received,
     request,
     said,
     serving,
+    threads_of,
 )
 
 QUICK = Limits(idle_seconds=0.4, linger_seconds=0.2)
@@ -517,7 +517,7 @@ def test_a_client_that_does_not_read_is_let_go(tmp_path: Path) -> None:
         with serving(lambda asked: Response(content=content), limits=QUICK) as served, connected(served) as lazy:  # noqa: B023
             lazy.sendall(GET)
             lazy.recv(1)
-            wait_for(lambda: not [name for name in hub_threads() if "client" in name])
+            wait_for(lambda: not [name for name in threads_of(served.wire) if "client" in name])
             assert len(received(lazy)) < 20_000_000
 
 
@@ -548,7 +548,7 @@ def test_connection_limit() -> None:
         inside[0].sendall(GET)
         assert next_answer(inside[0]).status == 200
         inside.pop().close()
-        wait_for(lambda: len([name for name in hub_threads() if "client" in name]) == 2)
+        wait_for(lambda: len([name for name in threads_of(served.wire) if "client" in name]) == 2)
         assert one_answer(served, GET).status == 200
 
 
@@ -589,7 +589,7 @@ def test_stop_ends_everything() -> None:
             wait_for(lambda: len(served.journal.entries()) >= 3)
             before = time.monotonic()
             served.wire.stop()
-            assert hub_threads() == []
+            assert threads_of(served.wire) == []
             assert time.monotonic() - before < SECONDS
             served.wire.stop()
 
@@ -639,7 +639,7 @@ def test_restart_on_the_same_port(served: Served) -> None:
 def test_a_port_that_is_taken(served: Served) -> None:
     with pytest.raises(OSError, match="in use"), serving(port=served.wire.port):
         pass
-    assert len(hub_threads()) == 1
+    assert len(threads_of(served.wire)) == 1
 
 
 def test_a_port_that_is_kept() -> None:
