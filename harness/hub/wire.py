@@ -126,7 +126,7 @@ class Wire:
         self.port = listener.getsockname()[1]
         self._stopping.clear()
         self._listener, self._bell = listener, socket.socketpair()
-        accepting = threading.Thread(target=self._accept, name=f"hub {self.port}", daemon=True)
+        accepting = threading.Thread(target=self._accept, name=f"hub {self.port} accepting", daemon=True)
         self._threads = [accepting]
         accepting.start()
 
@@ -139,9 +139,9 @@ class Wire:
         # Another process that was forked meanwhile may hold the listener too: close alone would not end it.
         with contextlib.suppress(OSError):
             listener.shutdown(socket.SHUT_RDWR)
-        listener.close()
         bell[1].close()
         self._threads[0].join()
+        listener.close()
         bell[0].close()
         with self._lock:
             for client in self._clients.values():
@@ -225,7 +225,9 @@ class Wire:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeout)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeout)
         client = _Client(next(self._client_numbers), connection, Stream(connection, limits=self._limits))
-        thread = threading.Thread(target=self._serve, args=(client,), name=f"hub client {client.number}", daemon=True)
+        thread = threading.Thread(
+            target=self._serve, args=(client,), name=f"hub {self.port} client {client.number}", daemon=True
+        )
         with self._lock:
             self._clients[client.number] = client
             self._threads = [one for one in self._threads if one.is_alive()] + [thread]
