@@ -506,7 +506,9 @@ def test_a_folder_with_nothing_in_it_is_gone(store: Store, repository: Repositor
     assert paths(store, repository) == [".gitattributes", "a", "a/x"]
     put(then=[DeleteFile("a/x"), DeleteFile(".gitattributes")])
     assert paths(store, repository) == []
-    put({"again": b"1"})
+    put({"again/and/again": b"1"})
+    content = store.blobs.add([b"2"]).sha256
+    put(then=[DeleteFile("again/and/again"), AddFile("again", content)])  # Also for what follows in the same commit.
     assert paths(store, repository) == ["again"]
 
 
@@ -519,6 +521,7 @@ REFUSED: list[tuple[str, list[Operation], str]] = [
     ("no_entry", [DeleteFolder("f")], "A file with this name doesn't exist"),
     ("no_entry", [DeleteFolder("nope/")], "A file with this name doesn't exist"),
     ("no_entry", [DeleteFile("f"), DeleteFile("f")], "A file with this name doesn't exist"),
+    ("no_entry", [DeleteFile("d/x"), DeleteFolder("d")], "A file with this name doesn't exist"),
     ("no_entry", [DeleteFolder("d"), DeleteFile("d/x")], "A file with this name doesn't exist"),
     ("bad_request", [AddFile("f/x", "1")], "'f' is a file"),
     ("bad_request", [AddFile("d/x/y/z", "1")], "'d/x' is a file"),
