@@ -68,6 +68,21 @@ def test_a_content_is_kept_under_its_hash(store: Store) -> None:
     assert store.blobs.oid(stored.sha256) == "f2ba8f84ab5c1bce84a7b441cb1959cfc7093b7f"  # git hash-object
 
 
+@pytest.mark.parametrize("length", [1, 1 << 18, (1 << 20) + 1])
+def test_pieces_may_come_in_the_same_memory(store: Store, length: int) -> None:
+    memory = bytearray(length)
+
+    def pieces() -> Iterator[memoryview]:
+        for number in range(20):
+            memory[:] = bytes([number]) * length
+            yield memoryview(memory)[: length - number % 2]
+
+    whole = b"".join(map(bytes, pieces()))
+    stored = store.blobs.add(pieces(), size=len(whole))
+    assert stored.sha256 == hashlib.sha256(whole).hexdigest()
+    assert store.blobs.path(stored.sha256).read_bytes() == whole
+
+
 @pytest.mark.parametrize(
     ("announced", "words"),
     [
