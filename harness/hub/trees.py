@@ -103,21 +103,26 @@ class Draft:
         folder.children[name] = Child(oid, False)
 
     def delete(self, path: str, *, directory: bool) -> None:
-        """A file goes, or a folder with all that is in it. Refuses (no_entry) where there is none."""
+        """A file goes, or a folder with all that is in it, and folders that are empty then, which git does not have.
+
+        Refuses (no_entry) where there is none.
+        """
         *above, name = path.split("/")
-        folder = self._root
+        way = [self._root]
         for segment in above:
-            child = folder.children.get(segment)
+            child = way[-1].children.get(segment)
             if child is None or not child.directory:
                 raise _missing(path)
-            folder = self._below(folder, segment, child)
-        if name not in folder.children or folder.children[name].directory != directory:
+            way.append(self._below(way[-1], segment, child))
+        if name not in way[-1].children or way[-1].children[name].directory != directory:
             raise _missing(path)
-        del folder.children[name]
-        folder.opened.pop(name, None)
+        _remove(way.pop(), name)
+        for folder, segment in zip(reversed(way), reversed(above), strict=True):
+            if not folder.opened[segment].children:
+                _remove(folder, segment)
 
     def write(self, connection: sqlite3.Connection) -> str:
-        """Keeps what was changed; gives the id of the whole. Folders that have become empty are gone, as in git."""
+        """Keeps what was changed; gives the id of the whole."""
         return _write(connection, self._root)
 
     def _open(self, tree: str | None) -> _Folder:
@@ -129,13 +134,14 @@ class Draft:
         return folder.opened[name]
 
 
+def _remove(folder: _Folder, name: str) -> None:
+    del folder.children[name]
+    folder.opened.pop(name, None)
+
+
 def _write(connection: sqlite3.Connection, folder: _Folder) -> str:
     for name, opened in folder.opened.items():
-        oid = _write(connection, opened)
-        if opened.children:
-            folder.children[name] = Child(oid, True)
-        else:
-            del folder.children[name]
+        folder.children[name] = Child(_write(connection, opened), True)
     content = tree_content(folder.children)
     oid = object_oid("tree", content)
     connection.execute("INSERT OR IGNORE INTO trees VALUES (?, ?)", (oid, content))

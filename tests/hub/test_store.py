@@ -68,6 +68,21 @@ def test_a_content_is_kept_under_its_hash(store: Store) -> None:
     assert store.blobs.oid(stored.sha256) == "f2ba8f84ab5c1bce84a7b441cb1959cfc7093b7f"  # git hash-object
 
 
+@pytest.mark.parametrize("length", [1, 1 << 18, (1 << 20) + 1])
+def test_pieces_may_come_in_the_same_memory(store: Store, length: int) -> None:
+    memory = bytearray(length)
+
+    def pieces() -> Iterator[memoryview]:
+        for number in range(20):
+            memory[:] = bytes([number]) * length
+            yield memoryview(memory)[: length - number % 2]
+
+    whole = b"".join(map(bytes, pieces()))
+    stored = store.blobs.add(pieces(), size=len(whole))
+    assert stored.sha256 == hashlib.sha256(whole).hexdigest()
+    assert store.blobs.path(stored.sha256).read_bytes() == whole
+
+
 @pytest.mark.parametrize(
     ("announced", "words"),
     [
@@ -506,7 +521,9 @@ def test_a_folder_with_nothing_in_it_is_gone(store: Store, repository: Repositor
     assert paths(store, repository) == [".gitattributes", "a", "a/x"]
     put(then=[DeleteFile("a/x"), DeleteFile(".gitattributes")])
     assert paths(store, repository) == []
-    put({"again": b"1"})
+    put({"again/and/again": b"1"})
+    content = store.blobs.add([b"2"]).sha256
+    put(then=[DeleteFile("again/and/again"), AddFile("again", content)])  # Also for what follows in the same commit.
     assert paths(store, repository) == ["again"]
 
 
@@ -519,6 +536,7 @@ REFUSED: list[tuple[str, list[Operation], str]] = [
     ("no_entry", [DeleteFolder("f")], "A file with this name doesn't exist"),
     ("no_entry", [DeleteFolder("nope/")], "A file with this name doesn't exist"),
     ("no_entry", [DeleteFile("f"), DeleteFile("f")], "A file with this name doesn't exist"),
+    ("no_entry", [DeleteFile("d/x"), DeleteFolder("d")], "A file with this name doesn't exist"),
     ("no_entry", [DeleteFolder("d"), DeleteFile("d/x")], "A file with this name doesn't exist"),
     ("bad_request", [AddFile("f/x", "1")], "'f' is a file"),
     ("bad_request", [AddFile("d/x/y/z", "1")], "'d/x' is a file"),
