@@ -36,7 +36,10 @@ class Commit:
 
 @dataclasses.dataclass(kw_only=True)
 class Repository:
-    """A repository. contents: the SHA-256 of everything that it may use without an upload. access: of gated ones."""
+    """A repository. contents: the SHA-256 of everything that it may use without an upload. access: of gated ones.
+
+    read: the commits that were read back, every file of them.
+    """
 
     private: bool
     gated: str | bool = False
@@ -44,6 +47,7 @@ class Repository:
     commits: dict[str, Commit] = dataclasses.field(default_factory=dict)
     contents: set[str] = dataclasses.field(default_factory=lambda: {ATTRIBUTES_SHA256})
     access: dict[str, str] = dataclasses.field(default_factory=dict)
+    read: set[str] = dataclasses.field(default_factory=set)
 
     def resolve(self, revision: str) -> str:
         """The commit that a revision means."""

@@ -29,30 +29,57 @@ from harness.hub import client_environment
 from harness.hub.fsck import fsck
 from harness.hub.store import ATTRIBUTES
 from harness.hub.wire import reserved_port
-from tests.hub.holding import TYPES, Change, Commit, Holding, Key, No, Repository, changed, is_lfs, sha256, tree
+from tests.hub.holding import (
+    TYPES,
+    Change,
+    Commit,
+    Holding,
+    Key,
+    No,
+    Repository,
+    changed,
+    folders,
+    is_lfs,
+    sha256,
+    tree,
+)
 from tests.hub.raw import answers, request
 
 pytestmark = pytest.mark.hub
 
 HOST, SECONDS = "127.0.0.1", 20.0
 
-# `parity hub`, which shares its port with the test here: no other takes it while this server is away.
+# A `parity hub` for each root that it reads, in a process that is split off when everything is imported: a start costs
+# milliseconds. It shares its port with the test here, so that no other takes it while this server is away.
 SERVE = """
-import functools, sys
+import functools, os, sys
 import harness.hub.server as server
-from harness.cli import main
+from harness.cli import main, parser
+
+parser()
+arguments = ["hub", "--port", sys.argv[1], "--user", "alice:hf_alice", "--user", "bob:hf_bob", "--root"]
 server.HubServer = functools.partial(server.HubServer, share_port=True)
-sys.exit(main(["hub", "--root", sys.argv[1], "--port", sys.argv[2], "--user", "alice:hf_alice", "--user", "bob:hf_bob"]))
+for root in sys.stdin:
+    child = os.fork()
+    if child == 0:
+        print(os.getpid(), flush=True)
+        sys.exit(main([*arguments, root.strip()]))
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 
 CONTENTS = (b"", b"text\n", b"other text\n", b"\0\1" * 100, bytes(range(256)) * 800, b"x" * 70_000)
-PATHS = ("config.json", "w.bin", "d", "d/x.txt", "d/y.bin", "d/e/z.txt", "d.txt", "ä #?%&+.txt")
+PATHS = (
+    *("config.json", "w.bin", "d/x.txt", "d/y.bin", "d/e/z.txt", "d/e/v.bin", "a b/ä #?%&+.txt", "c/d/e/f"),
+    *("d.txt", "d-e", "model.bin", "d"),  # The last is a folder, too.
+)
 NAMES = ("alice/one", "alice/two", "alice/three")
 IDS = tuple((type, name) for type in TYPES for name in NAMES)
 BRANCHES = ("main", "dev", "feat/x", "v1")
 TAGS = ("v1", "v/2", "dev")
+ODD = 13
+"""One of so many is asked for that is not there."""
 BURST = 3
-BURST_FILES = 12
+BURST_FILES = 6
 
 # What is drawn says nothing of what is there: each number is counted round what there is to choose from then. A kill
 # may come before or after a change, so that what is there can differ from one run to the next; what is drawn cannot.
@@ -77,30 +104,40 @@ class Answer:
 
 
 class Server:
-    """A `parity hub` process on a port that stays ours while it is away, and a connection to it."""
+    """A `parity hub` process that comes and goes on a port that stays ours, and a connection to it."""
 
     def __init__(self, port: int) -> None:
+        self.url = f"http://{HOST}:{port}"
         self.port = port
-        self.process: subprocess.Popen[str] | None = None
+        self.pid: int | None = None
         self.connection: http.client.HTTPConnection | None = None
+        command = [sys.executable, "-c", SERVE, str(port)]
+        self.starter = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def start(self, root: Path) -> None:
-        command = [sys.executable, "-c", SERVE, str(root), str(self.port)]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-        assert self.process.stdout is not None
-        assert self.process.stdout.readline() == f"http://{HOST}:{self.port}\n"
+        assert self.starter.stdin is not None
+        print(root, file=self.starter.stdin, flush=True)
+        self.pid = int(self.line())
+        assert self.line() == self.url
+
+    def line(self) -> str:
+        assert self.starter.stdout is not None
+        return self.starter.stdout.readline().strip()
 
     def end(self, number: signal.Signals) -> int:
         """Ends it by a signal, if it runs; its exit status."""
         if self.connection is not None:
             self.connection.close()
             self.connection = None
-        if self.process is None:
+        if self.pid is None:
             return 0
-        self.process.send_signal(number)
-        self.process.communicate(timeout=SECONDS)
-        status, self.process = self.process.returncode, None
-        return status
+        os.kill(self.pid, number)
+        self.pid = None
+        return int(self.line())
+
+    def close(self) -> None:
+        self.end(signal.SIGKILL)
+        self.starter.communicate(timeout=SECONDS)
 
     def ask(
         self, method: str, target: str, body: Any = None, *, token: str = "hf_alice", follow: bool = True
@@ -201,8 +238,8 @@ class HubMachine(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         try:
-            if self.server.process is not None:
-                self.read_everything()
+            if self.server.pid is not None:
+                self.read_everything(again=True)
                 assert self.server.end(signal.SIGTERM) == 0
                 assert fsck(self.root) == []
         finally:
@@ -213,7 +250,7 @@ class HubMachine(RuleBasedStateMachine):
 
     @invariant()
     def nothing_else_is_there(self) -> None:
-        if self.server.process is not None:
+        if self.server.pid is not None:
             assert self.observed() == self.holding.shown()
 
     def observed(self) -> dict[str, Any]:
@@ -236,21 +273,27 @@ class HubMachine(RuleBasedStateMachine):
                 answer = self.server.ask("GET", api(key), follow=False)
                 assert answer.status in (307, 404)
                 if answer.status == 307:
-                    moved[key] = unquote(answer.headers["location"]).split("/", 5)[5]
+                    moved[key] = unquote(urlsplit(answer.headers["location"]).path).split("/", 3)[3]
         return {"repositories": repositories, "moved": moved}
 
-    def read_everything(self) -> None:
-        """Every commit there ever was, every file in it, and the line of commits behind each ref."""
+    def read_everything(self, *, again: bool = False) -> None:
+        """The commits behind each ref, and every commit there ever was, with every file in it, that was not read yet.
+
+        again: all of them.
+        """
         assert self.observed() == self.holding.shown()
         for key, repository in self.holding.repositories.items():
-            read: set[bytes] = set()
+            contents: set[bytes] = set()
             for oid, commit in repository.commits.items():
-                self.read_tree(key, oid, commit)
-                for path, content in commit.files.items():
-                    if content not in read:
-                        read.add(content)
-                        self.read_file(key, oid, path, content, commit=oid)
+                if again or oid not in repository.read:
+                    self.read_tree(key, oid, commit)
+                    for path, content in commit.files.items():
+                        if content not in contents:
+                            self.read_file(key, oid, path, content, commit=oid)
+                    contents |= {*commit.files.values()}
+            repository.read |= {*repository.commits}
             for full, oid in repository.refs.items():
+                self.read_tree(key, full, repository.commits[oid])
                 found = self.history(key, full)
                 assert found == [(one, repository.commits[one].title) for one in repository.history(oid)]
 
@@ -274,26 +317,36 @@ class HubMachine(RuleBasedStateMachine):
 
     # Choosing
 
-    def revision(self, key: Key, pick: int, *, absent: bool = True) -> str:
-        """A branch, tag, pull request or commit, whole or short; now and then one that is not there."""
+    def key(self, pick: int) -> Key:
+        """A repository that is there; now and then an id that none has, or that one had before."""
+        there = [*self.holding.repositories]
+        return there[pick % len(there)] if there and pick % ODD else IDS[pick % len(IDS)]
+
+    def revision(self, key: Key, pick: int, *, written: bool = False) -> str:
+        """A branch, tag, pull request or commit, whole or short; now and then one that is not there.
+
+        written: mostly one that can be committed to.
+        """
+        named: list[str] = []
         repository = self.holding.repositories.get(key) or self.holding.moved.get(key)
-        named = ["main", "absent"] if absent else ["main"]
         if repository is not None:
-            named += [full.split("/", 2)[2] for full in repository.refs if not full.startswith("refs/pr/")]
-            named += [*repository.refs, *repository.commits, *(oid[:10] for oid in repository.commits)]
-        return named[pick % len(named)]
+            writable = [full.removeprefix("refs/heads/") for full in repository.refs if "/tags/" not in full]
+            tags = [full.removeprefix("refs/tags/") for full in repository.refs if "/tags/" in full]
+            commits = [*repository.commits]
+            others = [*tags, *repository.refs, *commits, *(oid[:10] for oid in commits)]
+            named = [*writable * 4, *commits[:1]] if written else [*writable, *others]
+        return named[pick % len(named)] if named and pick % ODD else "absent"
 
     def changes(self, files: dict[str, bytes], drawn: Sequence[tuple[str, int]]) -> list[Change]:
         """Changes of these files, each path at most once."""
         made: dict[str, Change] = {}
         for what, pick in drawn:
-            if what == "add":
-                path = PATHS[pick % len(PATHS)]
-            elif what == "delete":
-                path = ["absent.txt", *files][pick % (len(files) + 1)]
+            there = [*files] if what == "delete" else sorted(folders(files))
+            if what != "add" and there and pick % ODD:
+                path = there[pick % len(there)]
             else:
-                there = [name for name, entry in tree(files).items() if entry == "folder"]
-                path = ["absent", *there][pick % (len(there) + 1)]
+                path = PATHS[pick % len(PATHS)]
+                what = what if pick % ODD == 0 else "add"
             content = CONTENTS[pick // len(PATHS) % len(CONTENTS)] if what == "add" else b""
             made.setdefault(path, (what, path, content))
         return list(made.values())
@@ -337,8 +390,9 @@ class HubMachine(RuleBasedStateMachine):
         if done is not None:
             self.learn(key)
 
-    @rule(key=st.sampled_from(IDS), by=BY)
-    def delete(self, key: Key, by: str) -> None:
+    @rule(place=PICK, by=BY)
+    def delete(self, place: int, by: str) -> None:
+        key = self.key(place)
         type, id = key
         body = {"name": id.partition("/")[2], "type": type}
         self.agreed(
@@ -350,8 +404,9 @@ class HubMachine(RuleBasedStateMachine):
             ),
         )
 
-    @rule(key=st.sampled_from(IDS), to=st.sampled_from(NAMES), by=BY)
-    def move(self, key: Key, to: str, by: str) -> None:
+    @rule(place=PICK, to=st.sampled_from(NAMES), by=BY)
+    def move(self, place: int, to: str, by: str) -> None:
+        key = self.key(place)
         type, id = key
         body = {"fromRepo": id, "toRepo": to, "type": type}
         self.agreed(
@@ -364,13 +419,15 @@ class HubMachine(RuleBasedStateMachine):
         )
 
     @rule(
-        key=st.sampled_from(IDS),
+        place=PICK,
         values=st.fixed_dictionaries(
             {}, optional={"private": st.booleans(), "gated": st.sampled_from(["auto", "manual", False])}
         ).filter(bool),
         by=BY,
     )
-    def set(self, key: Key, values: dict[str, Any], by: str) -> None:
+    def set(self, place: int, values: dict[str, Any], by: str) -> None:
+        key = self.key(place)
+
         def model() -> None:
             repository = self.holding.find(key)
             repository.private = values.get("private", repository.private)
@@ -385,8 +442,9 @@ class HubMachine(RuleBasedStateMachine):
             ),
         )
 
-    @rule(key=st.sampled_from(IDS), name=st.sampled_from(BRANCHES), at=PICK, by=BY)
-    def branch(self, key: Key, name: str, at: int, by: str) -> None:
+    @rule(place=PICK, name=st.sampled_from(BRANCHES), at=PICK, by=BY)
+    def branch(self, place: int, name: str, at: int, by: str) -> None:
+        key = self.key(place)
         revision = self.revision(key, at)
         self.agreed(
             lambda: self.holding.create_ref(key, f"refs/heads/{name}", at=revision),
@@ -397,8 +455,9 @@ class HubMachine(RuleBasedStateMachine):
             ),
         )
 
-    @rule(key=st.sampled_from(IDS), name=st.sampled_from(TAGS), at=PICK, by=BY)
-    def tag(self, key: Key, name: str, at: int, by: str) -> None:
+    @rule(place=PICK, name=st.sampled_from(TAGS), at=PICK, by=BY)
+    def tag(self, place: int, name: str, at: int, by: str) -> None:
+        key = self.key(place)
         revision = self.revision(key, at)
         self.agreed(
             lambda: self.holding.create_ref(key, f"refs/tags/{name}", at=revision),
@@ -409,11 +468,14 @@ class HubMachine(RuleBasedStateMachine):
             ),
         )
 
-    @rule(key=st.sampled_from(IDS), kind=st.sampled_from(["branch", "tag"]), pick=PICK, by=BY)
-    def delete_ref(self, key: Key, kind: str, pick: int, by: str) -> None:
-        named = BRANCHES if kind == "branch" else TAGS
+    @rule(place=PICK, kind=st.sampled_from(["branch", "tag"]), pick=PICK, by=BY)
+    def delete_ref(self, place: int, kind: str, pick: int, by: str) -> None:
+        key = self.key(place)
+        folder, named = ("refs/heads/", BRANCHES) if kind == "branch" else ("refs/tags/", TAGS)
+        repository = self.holding.repositories.get(key)
+        there = [full.removeprefix(folder) for full in repository.refs if full.startswith(folder)] if repository else []
+        named = there if there and pick % ODD else named
         name = named[pick % len(named)]
-        folder = "refs/heads/" if kind == "branch" else "refs/tags/"
         self.agreed(
             lambda: self.holding.delete_ref(key, folder + name),
             lambda: (
@@ -424,15 +486,16 @@ class HubMachine(RuleBasedStateMachine):
         )
 
     @rule(
-        key=st.sampled_from(IDS),
+        place=PICK,
         at=PICK,
         drawn=CHANGES,
-        parent=st.sampled_from([None, "last", "short", "other"]),
+        parent=st.sampled_from([None, None, None, "last", "short", "other"]),
         proposed=st.sampled_from([False, False, True]),
         by=BY,
     )
-    def commit(self, key: Key, at: int, drawn: Any, parent: str | None, proposed: bool, by: str) -> None:
-        revision = self.revision(key, at)
+    def commit(self, place: int, at: int, drawn: Any, parent: str | None, proposed: bool, by: str) -> None:
+        key = self.key(place)
+        revision = self.revision(key, at, written=not proposed)
         expected: str | None = None
         files: dict[str, bytes] = {}
         try:
@@ -521,15 +584,16 @@ class HubMachine(RuleBasedStateMachine):
 
     # Reading
 
-    @rule(key=st.sampled_from(IDS), at=PICK, file=PICK, by=BY)
-    def read(self, key: Key, at: int, file: int, by: str) -> None:
+    @rule(place=PICK, at=PICK, file=PICK, by=BY)
+    def read(self, place: int, at: int, file: int, by: str) -> None:
+        key = self.key(place)
         revision = self.revision(key, at)
         found: list[Any] = []
 
         def model() -> None:
             oid = self.holding.find(key).resolve(revision)
             files = self.holding.find(key).commits[oid].files
-            path = ["absent.txt", *files][file % (len(files) + 1)]
+            path = [*files, "absent.txt"][file % (len(files) + 1)]
             found.extend([path, oid])
             if path not in files:
                 raise No(404)
@@ -546,8 +610,9 @@ class HubMachine(RuleBasedStateMachine):
         if content is not None:
             assert content == sha256(self.holding.find(key).commits[found[1]].files[found[0]])
 
-    @rule(key=st.sampled_from(IDS), at=PICK)
-    def snapshot(self, key: Key, at: int) -> None:
+    @rule(place=PICK, at=PICK)
+    def snapshot(self, place: int, at: int) -> None:
+        key = self.key(place)
         revision = self.revision(key, at)
         oids: list[str] = []
         found = self.agreed(
@@ -558,9 +623,12 @@ class HubMachine(RuleBasedStateMachine):
             files = self.holding.find(key).commits[oids[0]].files
             assert found == {path: sha256(content) for path, content in files.items()}
 
-    @rule(key=st.sampled_from(IDS), bob=st.booleans())
-    def look_as_another(self, key: Key, bob: bool) -> None:
-        """What is private is not there for others; what is gated is there, and its files are not."""
+    @rule(place=PICK, bob=st.booleans())
+    def look_as_another(self, place: int, bob: bool) -> None:
+        """What is private is not there for others; what is gated is there, and its files are when access was given."""
+        key = self.key(place)
+        if bob and place % 2:
+            self.ask_for_access(key)
         token = "hf_bob" if bob else ""
         try:
             repository = self.holding.find(key)
@@ -578,7 +646,6 @@ class HubMachine(RuleBasedStateMachine):
             answer = self.server.ask("GET", f"{files_url(followed)}/resolve/main/{quote(path)}", token=token)
             assert answer.status == (200 if open_to else 403 if bob else 401)
 
-    @rule(key=st.sampled_from(IDS))
     def ask_for_access(self, key: Key) -> None:
         def model() -> None:
             repository = self.holding.repositories.get(key)
@@ -599,14 +666,16 @@ class HubMachine(RuleBasedStateMachine):
 
     # Many at once, kills and restarts
 
-    @rule(key=st.sampled_from(IDS), at=PICK)
-    def commit_at_once(self, key: Key, at: int) -> None:
+    @rule(place=PICK, at=PICK)
+    def commit_at_once(self, place: int, at: int) -> None:
         """Commits on one branch by several connections: each of them is made, in whatever order."""
+        key = self.key(place)
         self.several(key, at, read=BURST, kill_after=None)
 
-    @rule(key=st.sampled_from(IDS), at=PICK, read=st.integers(0, BURST - 1), milliseconds=st.integers(0, 25))
-    def kill_while_committing(self, key: Key, at: int, read: int, milliseconds: int) -> None:
+    @rule(place=PICK, at=PICK, read=st.integers(0, BURST - 1), milliseconds=st.integers(0, 25))
+    def kill_while_committing(self, place: int, at: int, read: int, milliseconds: int) -> None:
         """Those that were answered are made; of the others each is made whole or not at all."""
+        key = self.key(place)
         self.several(key, at, read=read, kill_after=milliseconds / 1000)
 
     def several(self, key: Key, at: int, *, read: int, kill_after: float | None) -> None:
@@ -637,9 +706,10 @@ class HubMachine(RuleBasedStateMachine):
         if kill_after is not None:
             self.read_everything()
 
-    @rule(key=st.sampled_from(IDS), part=st.integers(0, 99))
-    def kill_amid_a_commit(self, key: Key, part: int) -> None:
+    @rule(place=PICK, part=st.integers(0, 99))
+    def kill_amid_a_commit(self, place: int, part: int) -> None:
         """A commit of which a part arrived is not made."""
+        key = self.key(place)
         content = b"text\n" * 20_000
         body = ndjson("never", [("add", f"{number}.txt", content) for number in range(3)])
         data = self.as_sent("POST", f"{api(key)}/commit/main", body)
@@ -647,9 +717,10 @@ class HubMachine(RuleBasedStateMachine):
             self.kill()
         self.read_everything()
 
-    @rule(key=st.sampled_from(IDS), part=st.integers(0, 100), milliseconds=st.integers(0, 5))
-    def kill_amid_an_upload(self, key: Key, part: int, milliseconds: int) -> None:
+    @rule(place=PICK, part=st.integers(0, 100), milliseconds=st.integers(0, 5))
+    def kill_amid_an_upload(self, place: int, part: int, milliseconds: int) -> None:
         """An LFS file of which a part arrived is not there; one that arrived whole is there, or is not."""
+        key = self.key(place)
         content = b"%d" % next(self.numbers) + bytes(1_000_000)
         repository = self.holding.repositories.get(key)
         if repository is not None:
@@ -682,22 +753,18 @@ class HubMachine(RuleBasedStateMachine):
     )
     def kill_while_changing(self, key: Key, to: str, what: str, milliseconds: int) -> None:
         """A change that was not answered is there after a kill, or is not; nothing else is different."""
-        name = {"type": key[0], "name": key[1].partition("/")[2]}
+        url, name = api(key), {"type": key[0], "name": key[1].partition("/")[2]}
         after = copy.deepcopy(self.holding)
+        moved = {"fromRepo": key[1], "toRepo": to, "type": key[0]}
         changes: dict[str, tuple[str, str, Any, Callable[[], Any]]] = {
             "create": ("POST", "/api/repos/create", name, lambda: after.create(key, private=False)),
             "delete": ("DELETE", "/api/repos/delete", name, lambda: after.delete(key)),
-            "move": (
-                "POST",
-                "/api/repos/move",
-                {"fromRepo": key[1], "toRepo": to, "type": key[0]},
-                lambda: after.move(key, to),
-            ),
-            "branch": ("POST", f"{api(key)}/branch/dev", {}, lambda: after.create_ref(key, "refs/heads/dev", at="main")),
-            "tag": ("POST", f"{api(key)}/tag/main", {"tag": "v1"}, lambda: after.create_ref(key, "refs/tags/v1", at="main")),
-            "delete_branch": ("DELETE", f"{api(key)}/branch/dev", None, lambda: after.delete_ref(key, "refs/heads/dev")),
-            "delete_tag": ("DELETE", f"{api(key)}/tag/v1", None, lambda: after.delete_ref(key, "refs/tags/v1")),
-        }  # fmt: skip
+            "move": ("POST", "/api/repos/move", moved, lambda: after.move(key, to)),
+            "branch": ("POST", f"{url}/branch/dev", {}, lambda: after.create_ref(key, "refs/heads/dev", at="main")),
+            "tag": ("POST", f"{url}/tag/main", {"tag": "v1"}, lambda: after.create_ref(key, "refs/tags/v1", at="main")),
+            "delete_branch": ("DELETE", f"{url}/branch/dev", None, lambda: after.delete_ref(key, "refs/heads/dev")),
+            "delete_tag": ("DELETE", f"{url}/tag/v1", None, lambda: after.delete_ref(key, "refs/tags/v1")),
+        }
         method, target, body, change = changes[what]
         try:
             if what not in ("create", "delete", "move") and key in after.moved:
@@ -762,12 +829,12 @@ def server() -> Iterator[Server]:
     with reserved_port() as keeper:
         served = Server(keeper.getsockname()[1])
         yield served
-        served.end(signal.SIGKILL)
+        served.close()
 
 
 @pytest.fixture
 def real_client(server: Server, tmp_path: Path) -> Iterator[Client]:
-    client = Client(f"http://{HOST}:{server.port}", tmp_path / "home")
+    client = Client(server.url, tmp_path / "home")
     yield client
     client.close()
 
