@@ -11,7 +11,7 @@ from typing import Any
 
 CHECKS = "check, one case"
 PLANTED = "planted bugs"
-GROUPS = ("gate", "fresh process", "harness", "nanoGPT")
+GROUPS = ("gate", "fresh process", "harness", "nanoGPT", "Hub", "Hub store")
 
 
 def main(file: str) -> None:
@@ -33,7 +33,10 @@ def beside(extra: dict[str, Any]) -> str:
     if "ratio" in extra:
         ratio = extra["ratio"]
         times = f"{1 / ratio:.1f} times as fast as" if ratio < 0.5 else f"{ratio:.2f} of the time of"
-        return f"{times} the original, {seconds(extra['original_seconds'])}"
+        memory = f"; server {extra['server_mib']:.0f} MiB" if "server_mib" in extra else ""
+        return f"{times} {extra.get('baseline', 'the original')}, {seconds(extra['original_seconds'])}{memory}"
+    if "per_second" in extra:
+        return f"{extra['per_second']:.0f} a second"
     if "harness_over_models" in extra:
         parts = ", ".join(f"{name} {seconds(extra[f'{name}_seconds'])}" for name in ("running", "building", "harness"))
         return f"{parts}: the harness takes {extra['harness_over_models']:.2f} of the models' time"

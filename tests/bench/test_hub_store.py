@@ -135,10 +135,10 @@ def test_large(against: Callable[..., None], benchmark: Any, opened: tuple[Store
                 yield buffer[:count]
 
     if way == "add":
-        benchmark.extra_info["what"] = "500 MB into the store, against a copy"
+        benchmark.extra_info.update(what="500 MB into the store", baseline="a copy")
         against(lambda: store.blobs.add(pieces()), lambda: shutil.copyfile(given, copy), rounds=3)
         return
     stored = store.blobs.add(pieces())
     store.note_upload(repository, stored.sha256)
-    benchmark.extra_info["what"] = "fsck of 500 MB, against a copy"
+    benchmark.extra_info.update(what="fsck of 500 MB", baseline="a copy")
     against(lambda: fsck(store), lambda: shutil.copyfile(given, copy), rounds=3)
