@@ -112,7 +112,8 @@ class Wire:
         """Binds, listens and serves in daemon threads. Raises OSError where the port is taken."""
         if self._listener is not None:
             raise RuntimeError("this server was started already")
-        listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+        family = socket.AF_INET6 if ":" in self.host else socket.AF_INET
+        listener = socket.socket(family, socket.SOCK_STREAM)
         try:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             if self._share_port:
