@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
-import secrets
+import os
 import selectors
 import socket
 import struct
@@ -90,7 +90,7 @@ class Wire:
         self._log = log
         self._move = move
         self._share_port = share_port
-        self._series = secrets.token_hex(4)
+        self._series = os.urandom(4).hex()
         self._numbers = itertools.count(1)
         self._client_numbers = itertools.count(1)
         self._lock = threading.Lock()
@@ -334,7 +334,7 @@ class Wire:
             return work()
         except Refusal as error:
             return refused(error, request_id=exchange.id)
-        except Exception:
+        except BaseException:  # A thread has nobody above it who could want a SystemExit.
             return self._failed(exchange)
 
     def _failed(self, exchange: _Exchange) -> Response:
