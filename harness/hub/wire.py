@@ -26,6 +26,7 @@ __all__ = ["Limits", "Wire", "reserved_port"]
 
 BACKLOG = 1024
 TURNED_AWAY = 64
+NOTED = 200
 
 
 def reserved_port(host: str = "127.0.0.1") -> socket.socket:
@@ -136,10 +137,10 @@ class Wire:
         # Another process that was forked meanwhile may hold the listener too: close alone would not end it.
         with contextlib.suppress(OSError):
             listener.shutdown(socket.SHUT_RDWR)
-        bell[1].close()
+        bell[1].send(b"!")
         self._threads[0].join()
-        listener.close()
-        bell[0].close()
+        for one in (listener, *bell):
+            one.close()
         with self._lock:
             for client in self._clients.values():
                 with contextlib.suppress(OSError):
@@ -376,9 +377,9 @@ class Wire:
             method=exchange.method,
             target=exchange.target,
             status=status,
-            range=headers.get("range"),
+            range=_shortened(headers.get("range")),
             authorised="authorization" in headers,
-            user_agent=headers.get("user-agent"),
+            user_agent=_shortened(headers.get("user-agent")),
             content_length=content_length,
             received=exchange.body.received if exchange.body is not None else 0,
             connection=exchange.client.number,
@@ -388,3 +389,8 @@ class Wire:
 
     def _new_id(self) -> str:
         return f"{self._series}-{next(self._numbers)}"
+
+
+def _shortened(text: str | None) -> str | None:
+    """What may be kept ten thousand times."""
+    return None if text is None else text[:NOTED]

@@ -21,6 +21,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from harness.hub.faults import Fault
+from harness.hub.journal import Journal
 from harness.hub.messages import FilePart, Request, Response, json_response
 from harness.hub.refusals import Refusal
 from harness.hub.wire import Limits, reserved_port
@@ -768,6 +769,15 @@ def test_journal(served: Served) -> None:
     served.journal.clear()
     said(served, GET)
     assert [one.number for one in served.journal.entries()] == [4]
+    said(served, request("GET", "/", User_Agent="a" * 60_000, Range="b" * 500))
+    assert len(served.journal.entries()[1].user_agent or "") == len(served.journal.entries()[1].range or "") == 200
+
+
+def test_the_journal_keeps_the_last() -> None:
+    journal = Journal(capacity=2)
+    with serving(journal=journal) as served:
+        said(served, GET * 5)
+    assert [entry.number for entry in journal.entries()] == [4, 5]
 
 
 def test_the_journal_is_written_before_the_answer_is_sent(served: Served) -> None:
