@@ -21,6 +21,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from harness.hub.faults import Fault
+from harness.hub.journal import Journal
 from harness.hub.messages import FilePart, Request, Response, json_response
 from harness.hub.refusals import Refusal
 from harness.hub.wire import Limits, reserved_port
@@ -406,10 +407,12 @@ def test_a_handler_that_fails() -> None:
             return Response(headers={"X-Bad": "a\r\nX-Injected: b"})
         if asked.path == ("letters",):
             return Response(headers={"X-Bad": "\u2028"})
+        if asked.path == ("exit",):
+            sys.exit("what nobody outside may see")
         raise ValueError("what nobody outside may see")
 
     with serving(handler) as served, connected(served) as connection:
-        for number, target in enumerate(("/boom", "/header", "/letters")):
+        for number, target in enumerate(("/boom", "/header", "/letters", "/exit")):
             connection.sendall(request("PUT", target, b"body"))
             answer = next_answer(connection)
             assert answer.status == 500
@@ -425,7 +428,7 @@ def test_a_handler_that_fails() -> None:
             "EntryNotFound",
             "c",
         )
-        assert len(served.log) == 3
+        assert len(served.log) == 4
         assert {entry.connection for entry in served.journal.entries()} == {1}
 
 
@@ -657,6 +660,63 @@ def test_a_port_that_is_kept() -> None:
                 socket.create_connection(("127.0.0.1", port))
 
 
+def test_a_thread_that_cannot_start(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", start)
+        refused(one_answer(served, GET), 503)
+    assert one_answer(served, GET).status == 200
+
+
+CROWDED = """
+import contextlib, os, resource
+from tests.hub.raw import GET, connected, next_answer, one_answer, serving
+with serving() as served, contextlib.ExitStack() as opened:
+    first = opened.enter_context(connected(served))
+    first.sendall(GET)
+    assert next_answer(first).status == 200
+    free = os.open("/dev/null", os.O_RDONLY)
+    os.close(free)
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    # Room for the client's end of this connection and not for the server's.
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free + 1, before[1]))
+    second = opened.enter_context(connected(served))
+    second.sendall(GET)
+    for _ in range(100):
+        first.sendall(GET)
+        assert next_answer(first).status == 200
+    resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    assert next_answer(second).status == 200
+    print("served")
+"""
+
+
+def test_no_file_descriptor_left() -> None:
+    """Those who are connected are served meanwhile, and the others afterwards."""
+    assert printed_by(CROWDED) == "served\n"
+
+
+def printed_by(program: str) -> str:
+    root = Path(__file__).parents[2]
+    command = [sys.executable, "-W", "ignore", "-c", program]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+LIGHT = """
+import sys
+import harness.hub.wire
+print(sorted({"torch", "transformers", "huggingface_hub", "numpy", "http.server", "email"} & set(sys.modules)))
+"""
+
+
+def test_nothing_heavy_is_imported() -> None:
+    assert printed_by(LIGHT) == "[]\n"
+
+
 FORKED = """
 import os, socket, sys
 from tests.hub.raw import GET, connected, one_answer, serving
@@ -681,11 +741,7 @@ with serving() as served:
 
 
 def test_stop_holds_also_where_a_forked_process_has_the_sockets() -> None:
-    root = Path(__file__).parents[2]
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", FORKED], cwd=root, capture_output=True, text=True, check=False
-    )
-    assert done.stdout == "refused\n", done.stderr
+    assert printed_by(FORKED) == "refused\n"
 
 
 def test_half_closed_client(served: Served) -> None:
@@ -713,6 +769,15 @@ def test_journal(served: Served) -> None:
     served.journal.clear()
     said(served, GET)
     assert [one.number for one in served.journal.entries()] == [4]
+    said(served, request("GET", "/", User_Agent="a" * 60_000, Range="b" * 500))
+    assert len(served.journal.entries()[1].user_agent or "") == len(served.journal.entries()[1].range or "") == 200
+
+
+def test_the_journal_keeps_the_last() -> None:
+    journal = Journal(capacity=2)
+    with serving(journal=journal) as served:
+        said(served, GET * 5)
+    assert [entry.number for entry in journal.entries()] == [4, 5]
 
 
 def test_the_journal_is_written_before_the_answer_is_sent(served: Served) -> None:
