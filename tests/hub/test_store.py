@@ -628,14 +628,14 @@ def test_what_is_kept_of_trees_in_memory_has_an_end(
 def test_what_the_database_has_lost_is_said(store: Store, repository: Repository, sql: str) -> None:
     with store.database.transaction() as connection:
         connection.execute(sql)
-    with pytest.raises(RuntimeError, match="missing from .* or damaged; run parity hub fsck"):
+    with pytest.raises(RuntimeError, match=r"missing from .* or damaged; run parity hub fsck"):
         paths(store, repository)
 
 
 def test_no_commit_is_made_on_one_that_is_lost(store: Store, repository: Repository, put: Put) -> None:
     with store.database.transaction() as connection:
         connection.execute("DELETE FROM commits")
-    with pytest.raises(RuntimeError, match="the commit .* is missing"):
+    with pytest.raises(RuntimeError, match=r"the commit .* is missing"):
         put({"a": b"1"})
 
 
