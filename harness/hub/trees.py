@@ -31,15 +31,16 @@ class Trees:
         self._entries = 0
 
     def children(self, oid: str) -> Mapping[str, Child]:
-        """What is in a folder, by name. Raises RuntimeError where the database has lost it."""
+        """What is in a folder, by name. Raises RuntimeError where the database has lost or damaged it."""
         with self._lock:
             if oid in self._kept:
                 self._kept.move_to_end(oid)
                 return self._kept[oid]
         rows = self._database.read("SELECT content FROM trees WHERE oid = ?", (oid,))
-        if not rows:
-            raise RuntimeError(f"the tree {oid} is missing from {self._database.path}; run parity hub fsck")
-        children = read_tree(rows[0][0])
+        try:
+            children = read_tree(rows[0][0])
+        except (IndexError, ValueError):
+            raise damaged("tree", oid, self._database) from None
         with self._lock:
             if oid not in self._kept:
                 self._kept[oid] = children
@@ -146,6 +147,11 @@ def _write(connection: sqlite3.Connection, folder: _Folder) -> str:
     oid = object_oid("tree", content)
     connection.execute("INSERT OR IGNORE INTO trees VALUES (?, ?)", (oid, content))
     return oid
+
+
+def damaged(what: str, oid: str, database: Database) -> RuntimeError:
+    """To be raised where something is not there that must be: no request can be the cause."""
+    return RuntimeError(f"the {what} {oid} is missing from {database.path} or damaged; run parity hub fsck")
 
 
 def _refusal(kind: Kind, message: str) -> Refusal:

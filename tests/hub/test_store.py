@@ -624,6 +624,21 @@ def test_what_is_kept_of_trees_in_memory_has_an_end(
     assert sum(len(children) + 1 for children in kept.values()) == store._trees._entries <= 10
 
 
+@pytest.mark.parametrize("sql", ["DELETE FROM trees", "UPDATE trees SET content = x'00'", "DELETE FROM files"])
+def test_what_the_database_has_lost_is_said(store: Store, repository: Repository, sql: str) -> None:
+    with store.database.transaction() as connection:
+        connection.execute(sql)
+    with pytest.raises(RuntimeError, match=r"missing from .* or damaged; run parity hub fsck"):
+        paths(store, repository)
+
+
+def test_no_commit_is_made_on_one_that_is_lost(store: Store, repository: Repository, put: Put) -> None:
+    with store.database.transaction() as connection:
+        connection.execute("DELETE FROM commits")
+    with pytest.raises(RuntimeError, match=r"the commit .* is missing"):
+        put({"a": b"1"})
+
+
 # Contents of repositories
 
 
