@@ -25,7 +25,7 @@ import transformers
 
 import harness.sandbox
 from harness.errors import Mismatch
-from harness.sandbox import Answer, Sandbox, SandboxFailure, jobs
+from harness.sandbox import Answer, Sandbox, SandboxFailure, jobs, models
 
 PACKAGE = "sandbox_tiny_model"
 HARNESS = Path(harness.sandbox.__file__).parents[1]
@@ -236,7 +236,7 @@ def test_outputs_equal_the_local_ones(run: Callable[..., Answer], saved: Path, m
     assert values["tied"][2]["missing"] == ["nowhere"]
     described = values["parameters"]["up.weight"]
     assert (described["shape"], described["dtype"], described["finite"]) == ([8, 8], "float64", True)
-    assert described["checksum"] == jobs.checksum(model.up.weight)
+    assert described["checksum"] == models.checksum(model.up.weight)
     assert values["outputs"] == {"logits": "Tensor"}
     assert answer.seconds > 0
 
