@@ -56,10 +56,12 @@ def parser() -> argparse.ArgumentParser:
     selftest.add_argument("--json", action="store_true", help="print one JSON document and nothing else")
     selftest.set_defaults(run=_selftest)
     from harness.golden import add_golden_parser, run_golden
+    from harness.hub.command import add_hub_parser
     from harness.init import add_init_parser
 
     add_golden_parser(commands)
     commands.choices["golden"].set_defaults(run=run_golden)
+    add_hub_parser(commands)
     add_init_parser(commands)
     return top
 

@@ -20,6 +20,7 @@ from harness.errors import DescriptionError, ParityError
 from harness.results import BAD, Result, as_json
 
 if TYPE_CHECKING:
+    from harness.hub import HubServer
     from harness.isolation import Gate
     from harness.ports import Port
     from harness.runner import Item, Options
@@ -73,6 +74,18 @@ def pytest_unconfigure(config: pytest.Config) -> None:
     """Ends the processes of the run and removes its temporary directory."""
     if _exit_stack in config.stash:
         config.stash[_exit_stack].close()
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Iterator[HubServer]:
+    """A Hub of this test alone, on a free port of 127.0.0.1, with a user `alice` whose token is `hf_alice`.
+
+    A client finds it by `hub.env()` in the environment of its process, before it imports huggingface_hub.
+    """
+    from harness.hub import HubServer
+
+    with HubServer(tmp_path / "hub") as server:
+        yield server
 
 
 def wants_parity(config: pytest.Config) -> bool:

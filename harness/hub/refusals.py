@@ -23,13 +23,16 @@ Kind = Literal[
     "stale_parent",
     "method",
     "length_required",
+    "too_slow",
     "too_large",
+    "target_too_long",
     "bad_range",
     "too_many_requests",
     "headers_too_large",
     "unsupported",
     "failed",
     "busy",
+    "version",
 ]
 
 STATUS: Mapping[Kind, tuple[int, str | None]] = {
@@ -48,13 +51,16 @@ STATUS: Mapping[Kind, tuple[int, str | None]] = {
     "stale_parent": (412, None),
     "method": (405, None),
     "length_required": (411, None),
+    "too_slow": (408, None),
     "too_large": (413, None),
+    "target_too_long": (414, None),
     "bad_range": (416, None),
     "too_many_requests": (429, None),
     "headers_too_large": (431, None),
     "unsupported": (501, None),
     "failed": (500, None),
     "busy": (503, None),
+    "version": (505, None),
 }
 """Kind -> HTTP status and `X-Error-Code`. Over plain HTTP a client tells a missing repository by the code alone."""
 

@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Hub's HTTP interface: which endpoint answers a request, and whether its sender may use it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Literal
+from urllib.parse import quote
+
+from harness.hub.accounts import Account
+from harness.hub.api import admin, commits, files, identity, lfs, refs, repositories, trees
+from harness.hub.api.calls import PREFIXES, TYPES, Call, Hub, RepositoryCall
+from harness.hub.messages import Handler, Request, Response
+from harness.hub.refusals import Refusal
+from harness.hub.store import Repository
+
+Access = Literal["see", "download", "write", "own"]
+"""What a sender needs: to see the repository, its files, to write to it, or to write even where it is disabled."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Endpoint:
+    """A function and what one needs to call it. rest: how many segments may follow its name, at least and at most."""
+
+    run: Callable[[RepositoryCall], Response]
+    access: Access = "see"
+    rest: tuple[int, float] = (0, 0)
+
+
+ANY = float("inf")
+
+GLOBAL: Mapping[tuple[str, str], Callable[[Call], Response]] = {
+    ("GET", "whoami-v2"): identity.whoami,
+    ("POST", "repos/create"): repositories.create,
+    ("DELETE", "repos/delete"): repositories.delete,
+    ("POST", "repos/move"): repositories.move,
+    ("POST", "validate-yaml"): identity.validate_yaml,
+    ("GET", "settings/repositories"): repositories.of_user,
+}
+"""Endpoints below /api/ that are about no repository of their path."""
+
+REPOSITORY: Mapping[tuple[str, str], Endpoint] = {
+    ("GET", ""): Endpoint(run=repositories.info),
+    ("GET", "revision"): Endpoint(run=repositories.info, rest=(1, 1)),
+    ("PUT", "settings"): Endpoint(run=repositories.settings, access="own"),
+    ("GET", "auth-check"): Endpoint(run=repositories.auth_check, rest=(0, 1)),
+    ("GET", "user-access-request"): Endpoint(run=repositories.access_requests, access="write", rest=(1, 1)),
+    ("POST", "user-access-request"): Endpoint(run=repositories.decide_access, access="write", rest=(1, 1)),
+    ("GET", "tree"): Endpoint(run=trees.tree, rest=(1, ANY)),
+    ("POST", "paths-info"): Endpoint(run=trees.paths_info, rest=(1, 1)),
+    ("GET", "refs"): Endpoint(run=refs.refs),
+    ("GET", "commits"): Endpoint(run=refs.history, rest=(1, 1)),
+    ("POST", "branch"): Endpoint(run=refs.create_branch, access="write", rest=(1, ANY)),
+    ("DELETE", "branch"): Endpoint(run=refs.delete_branch, access="write", rest=(1, ANY)),
+    ("POST", "tag"): Endpoint(run=refs.create_tag, access="write", rest=(1, 1)),
+    ("DELETE", "tag"): Endpoint(run=refs.delete_tag, access="write", rest=(1, ANY)),
+    ("GET", "discussions"): Endpoint(run=refs.discussions, rest=(0, 1)),
+    ("POST", "discussions"): Endpoint(run=refs.open_pull_request, access="write"),
+    ("POST", "preupload"): Endpoint(run=commits.preupload, access="write", rest=(1, 1)),
+    ("POST", "commit"): Endpoint(run=commits.commit, access="write", rest=(1, 1)),
+    ("GET", "xet-read-token"): Endpoint(run=lfs.refuse_xet, rest=(0, 1)),
+    ("GET", "xet-write-token"): Endpoint(run=lfs.refuse_xet, rest=(0, 1)),
+}
+"""Endpoints below /api/{type}/{id}/."""
+
+FILES: Mapping[tuple[str, str], Endpoint] = {
+    ("GET", "resolve"): Endpoint(run=files.resolve, access="download", rest=(2, ANY)),
+    ("HEAD", "resolve"): Endpoint(run=files.resolve, access="download", rest=(2, ANY)),
+    ("GET", "raw"): Endpoint(run=files.resolve, access="download", rest=(2, ANY)),
+    ("HEAD", "raw"): Endpoint(run=files.resolve, access="download", rest=(2, ANY)),
+    ("POST", "ask-access"): Endpoint(run=repositories.ask_access),
+    ("POST", "info"): Endpoint(run=lfs.batch, access="write", rest=(3, 3)),
+}
+"""Endpoints below /{id}/; git's LFS interface is at /{id}.git/info/lfs/."""
+
+VERBS = frozenset(verb for table in (REPOSITORY, FILES) for _, verb in table if verb)
+
+CREATE_PULL_REQUEST = frozenset({"commit", "preupload"})
+"""Endpoints that whoever sees a repository may use to open a pull request."""
+
+
+def handler(hub: Hub) -> Handler:
+    """The function that answers every request to a Hub."""
+
+    def answer(request: Request) -> Response:
+        if request.path[:1] == (admin.ROOT,):
+            return admin.answer(hub, request)
+        if request.path[:1] == (lfs.ROOT,):
+            return lfs.upload(hub, request)
+        account = hub.accounts.account_of(request.headers.get("authorization", ""))
+        if request.path[:1] == ("api",):
+            return _api(hub, request, account)
+        kind = next((kind for kind, prefix in PREFIXES.items() if prefix[:-1] in request.path[:1]), "model")
+        return _repository(hub, request, account, kind, request.path[kind != "model" :], FILES)
+
+    return answer
+
+
+def _api(hub: Hub, request: Request, account: Account | None) -> Response:
+    below = request.path[1:]
+    if below[:1] == ("telemetry",):
+        return Response()
+    if below and below[0] in TYPES:
+        if len(below) == 1 and request.method == "GET":
+            return repositories.listing(Call(hub=hub, request=request, account=account), TYPES[below[0]])
+        return _repository(hub, request, account, TYPES[below[0]], below[1:], REPOSITORY)
+    name = "/".join(below)
+    run = GLOBAL.get((request.method, name))
+    if run is None:
+        known = sorted(method for method, other in GLOBAL if other == name)
+        raise _no_endpoint(request, known)
+    return run(Call(hub=hub, request=request, account=account))
+
+
+def _repository(
+    hub: Hub,
+    request: Request,
+    account: Account | None,
+    kind: str,
+    segments: tuple[str, ...],
+    table: Mapping[tuple[str, str], Endpoint],
+) -> Response:
+    identifier, (verb, *rest) = _split(hub, kind, segments)
+    known = [method for method, other in table if other == verb]
+    endpoint = table.get((request.method, verb))
+    if not known or (endpoint is not None and not endpoint.rest[0] <= len(rest) <= endpoint.rest[1]):
+        raise _no_endpoint(request, [])
+    if endpoint is None:
+        raise _no_endpoint(request, known)
+    repository = hub.store.find_repository(kind, identifier)
+    if repository is None and (moved := hub.store.moved_to(kind, identifier)) is not None:
+        now = hub.store.find_repository(kind, moved)
+        if now is not None and hub.accounts.may_see(now, account):
+            return _redirect(hub, request, kind, identifier, moved)
+    if repository is None or not hub.accounts.may_see(repository, account):
+        raise no_repository(account, identifier)
+    access = endpoint.access
+    if access == "write" and verb in CREATE_PULL_REQUEST and request.asked("create_pr") in ("1", "true"):
+        access = "see"
+    _require(hub, repository, account, access)
+    call = RepositoryCall(hub=hub, request=request, account=account, repository=repository, rest=tuple(rest))
+    return endpoint.run(call)
+
+
+def _split(hub: Hub, kind: str, segments: tuple[str, ...]) -> tuple[str, tuple[str, ...]]:
+    """The id of a repository, with a namespace or without, and the segments behind it, an empty one where none are."""
+    if not segments:
+        raise Refusal(kind="no_such_page", message="the address names no repository")
+    pair = "/".join(segments[:2])
+    alone = len(segments) == 1 or (segments[1] in VERBS and not _is_known(hub, kind, pair.removesuffix(".git")))
+    identifier, rest = (segments[0], segments[1:]) if alone else (pair, segments[2:])
+    if rest[:2] == ("info", "lfs"):
+        identifier = identifier.removesuffix(".git")
+    return identifier, rest or ("",)
+
+
+def _is_known(hub: Hub, kind: str, identifier: str) -> bool:
+    return hub.store.find_repository(kind, identifier) is not None or hub.store.moved_to(kind, identifier) is not None
+
+
+def _require(hub: Hub, repository: Repository, account: Account | None, access: Access) -> None:
+    """Raises the Refusal that has the client raise what it would against the real Hub."""
+    if repository.disabled and access != "own":
+        raise Refusal(kind="disabled", message="Access to this resource is disabled.")
+    if access in ("write", "own") and not hub.accounts.may_write(repository.owner, account):
+        if account is None:
+            raise no_repository(None, repository.id)
+        if account.role != "write" and hub.accounts.role_in(repository.owner, account) is not None:
+            message = f"the token of {account.name} is for reading; writing to {repository.id} needs a write token"
+        else:
+            message = f"{account.name} has no right to write to {repository.id}"
+        raise Refusal(kind="forbidden", message=message)
+    if access == "download" and not hub.accounts.may_download(repository, account):
+        kind: Literal["gated", "gated_for_anonymous"] = "gated_for_anonymous" if account is None else "gated"
+        raise Refusal(
+            kind=kind,
+            message=f"Access to {repository.type} {repository.id} is restricted: ask for access, and log in",
+        )
+
+
+def no_repository(account: Account | None, identifier: str) -> Refusal:
+    """What a repository that is not there, or not for its sender, is answered with: the two cannot be told apart."""
+    if account is None:
+        return Refusal(kind="no_repository_for_anonymous", message="Invalid username or password.")
+    return Refusal(kind="no_repository", message=f"Repository not found: {identifier}")
+
+
+def _redirect(hub: Hub, request: Request, kind: str, identifier: str, moved: str) -> Response:
+    """Leads from a repository's old id to its new one, at the same endpoint."""
+    start = 2 if request.path[:1] == ("api",) else int(kind != "model")
+    end = start + len(identifier.split("/"))
+    _, _, query = request.target.partition("?")
+    suffix = ".git" if request.path[end - 1].endswith(".git") and not identifier.endswith(".git") else ""
+    path = [*request.path[:start], *(moved + suffix).split("/"), *request.path[end:]]
+    location = hub.url() + "/" + "/".join(quote(segment, safe="") for segment in path)
+    return Response(status=307, headers={"Location": location + (f"?{query}" if query else "")})
+
+
+def _no_endpoint(request: Request, methods: list[str]) -> Refusal:
+    path = request.target.partition("?")[0]
+    if methods:
+        allowed = ", ".join(sorted(methods))
+        return Refusal(
+            kind="method", message=f"{path} does not take {request.method}, only {allowed}", headers={"Allow": allowed}
+        )
+    return Refusal(kind="no_such_page", message=f"there is nothing at {request.method} {path}")

@@ -1,0 +1,293 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Endpoints that create, describe, list, move, delete and set up repositories, and hand out access to gated ones."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, get_args
+
+from harness.hub.accounts import AccessStatus
+from harness.hub.api.calls import TYPES, Call, RepositoryCall, pointer_size, repository_url, shown
+from harness.hub.messages import Response, json_response
+from harness.hub.names import repository_parts
+from harness.hub.refusals import Refusal
+from harness.hub.store import Repository
+
+PAGE = 100
+LARGEST_PAGE = 1000
+
+
+def create(call: Call) -> Response:
+    """Makes a repository with one commit. One that is there is answered with 409 and its address."""
+    body = call.json()
+    kind, owner, name = _named(call, body)
+    repository_parts(f"{owner}/{name}")
+    _require_right_to_write(call, owner, kind)
+    private = _private(call, body) or False
+    known = call.hub.store.find_repository(kind, f"{owner}/{name}")
+    if known is None:
+        assert call.account is not None  # it may write
+        try:
+            known = call.hub.store.create_repository(kind, owner, name, private=private, author=call.account.name)
+        except Refusal as refusal:
+            if refusal.kind != "exists":
+                raise
+            known = call.hub.store.find_repository(kind, f"{owner}/{name}")
+            if known is None:
+                raise
+        else:
+            return json_response(_address(call, known))
+    # A client that accepts a repository that is there reads the address from this answer.
+    raise Refusal(kind="exists", message=f"You already created this {kind} repo", content=_address(call, known))
+
+
+def delete(call: Call) -> Response:
+    """Deletes a repository."""
+    kind, owner, name = _named(call, call.json())
+    call.hub.store.delete_repository(_own(call, kind, f"{owner}/{name}"))
+    return json_response({})
+
+
+def move(call: Call) -> Response:
+    """Gives a repository another id; the old one leads to it from then on."""
+    body = call.json()
+    kind = call.field(body, "type", str, default="model")
+    target = call.required(body, "toRepo", str)
+    owner, _, name = target.rpartition("/")
+    if not owner:
+        raise Refusal(kind="bad_request", message=f"'toRepo' must be namespace/name, not {shown(target)}")
+    repository = _own(call, kind, call.required(body, "fromRepo", str))
+    repository_parts(target)
+    _require_right_to_write(call, owner, kind)
+    call.hub.store.move_repository(repository, owner=owner, name=name)
+    return json_response({})
+
+
+def settings(call: RepositoryCall) -> Response:
+    """Sets who sees a repository, whether it is gated, and whether it is disabled."""
+    body = call.json()
+    gated = body.get("gated")
+    if gated is not None and gated not in ("auto", "manual") and gated is not False:
+        raise Refusal(kind="bad_request", message=f"'gated' must be auto, manual or false, not {shown(gated)}")
+    disabled = call.field(body, "disabled", bool)
+    private = _private(call, body)
+    if gated is None and disabled is None and private is None:
+        raise Refusal(kind="bad_request", message="nothing to set; expected 'gated', 'visibility' or 'disabled'")
+    call.hub.store.set_repository(call.repository, private=private, gated=gated, disabled=disabled)
+    return json_response({})
+
+
+def info(call: RepositoryCall) -> Response:
+    """A repository at a revision: its commit, files and settings. `blobs` adds the size of each file."""
+    commit = call.commit()
+    found = _described(call, call.repository, commit)
+    if "expand" in call.request.query:
+        return json_response(_expanded(found, call.request.query["expand"]), headers={"X-Repo-Commit": commit})
+    entries = call.hub.store.entries(call.repository, commit, recursive=True)
+    found["siblings"] = [
+        {"rfilename": entry.path} | (_blob(entry) if call.flag("blobs") else {})
+        for entry in entries
+        if not entry.directory
+    ]
+    found["usedStorage"] = sum(entry.size for entry in entries if not entry.directory)
+    return json_response(found, headers={"X-Repo-Commit": commit})
+
+
+def listing(call: Call, kind: str) -> Response:
+    """The repositories of a type that the sender may see, newest first; `author`, `search`, `limit`, `cursor`."""
+    author, search = call.text("author") or None, call.text("search") or None
+    visible = [
+        repository
+        for repository in call.hub.store.repositories(kind, owner=author, search=search)
+        if call.hub.accounts.may_see(repository, call.account)
+    ]
+    gated = call.text("gated")
+    if gated:
+        visible = [repository for repository in visible if bool(repository.gated) == (gated.lower() == "true")]
+    count = call.count("limit", default=PAGE, most=LARGEST_PAGE)
+    start = next((place for place, one in enumerate(visible) if str(one.key) == call.text("cursor")), 0)
+    page = visible[start : start + count]
+    rest = visible[start + count :]
+    found = []
+    for repository in page:
+        described = _described(call, repository, call.hub.store.resolve(repository, "main"))
+        if "expand" in call.request.query:
+            described = _expanded(described, call.request.query["expand"])
+        found.append(described)
+    return json_response(found, headers=call.next_page(cursor=str(rest[0].key)) if rest else {})
+
+
+def of_user(call: Call) -> Response:
+    """Every repository of the sender, with what it stores."""
+    if call.account is None:
+        raise Refusal(kind="bad_token", message="Invalid username or password.")
+    found = []
+    for kind in TYPES.values():
+        for repository in call.hub.store.repositories(kind, owner=call.account.name):
+            commit = call.hub.store.resolve(repository, "main")
+            entries = call.hub.store.entries(repository, commit, recursive=True)
+            found.append(
+                {
+                    "id": repository.id,
+                    "type": kind,
+                    "updatedAt": call.hub.store.commit_of(repository, commit).date,
+                    "visibility": "private" if repository.private else "public",
+                    "storage": sum(entry.size for entry in entries if not entry.directory),
+                    "storagePercent": 0,
+                }
+            )
+    return json_response(found)
+
+
+def auth_check(call: RepositoryCall) -> Response:
+    """Whether the sender may download, or with /write may write; the refusal says why not."""
+    hub, repository = call.hub, call.repository
+    if call.rest not in ((), ("write",)):
+        raise Refusal(kind="no_such_page", message=f"auth-check knows 'write' only, not {shown(call.rest[0])}")
+    if call.rest and not hub.accounts.may_write(repository.owner, call.account):
+        raise Refusal(kind="forbidden", message=f"no right to write to {repository.id}")
+    if not hub.accounts.may_download(repository, call.account):
+        raise Refusal(
+            kind="gated" if call.account else "gated_for_anonymous", message=f"Access to {repository.id} is restricted"
+        )
+    return json_response({})
+
+
+# Access to gated repositories
+
+
+def ask_access(call: RepositoryCall) -> Response:
+    """The sender asks for access, as with the button on a gated repository's page."""
+    if call.account is None:
+        raise Refusal(kind="bad_token", message="log in to ask for access")
+    if not call.repository.gated:
+        raise Refusal(kind="bad_request", message=f"{call.repository.id} is not gated")
+    return json_response({"status": call.hub.accounts.request_access(call.repository, call.account.name)})
+
+
+def access_requests(call: RepositoryCall) -> Response:
+    """The requests of a status."""
+    status = _status(call.rest[0])
+    requests = call.hub.accounts.access_requests(call.repository, status)
+    return json_response(
+        [
+            {
+                "requestId": f"{call.repository.key}-{request.user}",
+                "status": request.status,
+                "timestamp": request.time,
+                "user": {
+                    "user": request.user,
+                    "fullname": request.user,
+                    "email": f"{request.user}@hub.invalid",
+                },
+            }
+            for request in requests
+        ]
+    )
+
+
+def decide_access(call: RepositoryCall) -> Response:
+    """Handles a request (`handle`), or gives access unasked (`grant`)."""
+    body = call.json()
+    requested = call.field(body, "requestId", str)
+    user = requested.partition("-")[2] if requested else call.required(body, "user", str)
+    if call.rest[0] == "grant":
+        status: AccessStatus = "accepted"
+    elif call.rest[0] == "handle":
+        status = _status(call.required(body, "status", str))
+    else:
+        raise Refusal(kind="no_such_page", message=f"expected handle or grant, not {shown(call.rest[0])}")
+    accounts = call.hub.accounts
+    if any(request.user == user for request in accounts.access_requests(call.repository, status)):
+        raise Refusal(kind="bad_request", message=f"the request of {user} is {status} already")
+    accounts.set_access(call.repository, user, status)
+    return json_response({})
+
+
+def _status(word: str) -> AccessStatus:
+    for status in get_args(AccessStatus):
+        if word == status:
+            return status  # type: ignore[no-any-return]
+    raise Refusal(
+        kind="bad_request", message=f"a request is {', '.join(get_args(AccessStatus))}; there is no {shown(word)}"
+    )
+
+
+# What several need
+
+
+def _named(call: Call, body: Mapping[str, Any]) -> tuple[str, str, str]:
+    """Type, owner and name that a body asks for; without an organisation the owner is the sender."""
+    kind = call.field(body, "type", str, default="model")
+    if kind not in TYPES.values():
+        raise Refusal(
+            kind="bad_request", message=f"'type' must be one of {', '.join(TYPES.values())}, not {shown(kind)}"
+        )
+    owner = call.field(body, "organization", str) or (call.account.name if call.account else "")
+    return kind, owner, call.required(body, "name", str)
+
+
+def _own(call: Call, kind: str, identifier: str) -> Repository:
+    """A repository that the sender may write to."""
+    from harness.hub.api import no_repository
+
+    repository = call.hub.store.find_repository(kind, identifier)
+    if repository is None or not call.hub.accounts.may_see(repository, call.account):
+        raise no_repository(call.account, identifier)
+    _require_right_to_write(call, repository.owner, kind)
+    return repository
+
+
+def _require_right_to_write(call: Call, owner: str, kind: str) -> None:
+    if call.account is None:
+        raise Refusal(kind="bad_token", message="Invalid username or password.")
+    if not call.hub.accounts.may_write(owner, call.account):
+        raise Refusal(
+            kind="forbidden",
+            message=f'You don\'t have the rights to create or change a {kind} under the namespace "{owner}"',
+        )
+
+
+def _private(call: Call, body: Mapping[str, Any]) -> bool | None:
+    """Whether a body asks for a private repository; clients of 2.x say `visibility`, older ones `private`."""
+    visibility = call.field(body, "visibility", str)
+    if visibility is None:
+        private: bool | None = call.field(body, "private", bool)
+        return private
+    if visibility not in ("public", "private"):
+        raise Refusal(kind="bad_request", message=f"'visibility' must be public or private, not {shown(visibility)}")
+    return bool(visibility == "private")
+
+
+def _address(call: Call, repository: Repository) -> dict[str, Any]:
+    return {"url": repository_url(call.hub, repository), "name": repository.id, "id": repository.id}
+
+
+def _described(call: Call, repository: Repository, commit: str) -> dict[str, Any]:
+    return {
+        "_id": f"{repository.key:024x}",
+        "id": repository.id,
+        **({"modelId": repository.id} if repository.type == "model" else {}),
+        "author": repository.owner,
+        "sha": commit,
+        "lastModified": call.hub.store.commit_of(repository, commit).date,
+        "createdAt": repository.created,
+        "private": repository.private,
+        "gated": repository.gated,
+        "disabled": repository.disabled,
+        "downloads": 0,
+        "likes": 0,
+        "tags": [],
+    }
+
+
+def _expanded(found: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
+    """What is always told of a repository, and the parts asked for."""
+    return {name: value for name, value in found.items() if name in ("_id", "id", *names)}
+
+
+def _blob(entry: Any) -> dict[str, Any]:
+    found = {"size": entry.size, "blobId": entry.oid}
+    if entry.lfs:
+        found["lfs"] = {"sha256": entry.sha256, "size": entry.size, "pointerSize": pointer_size(entry)}
+    return found

@@ -1,0 +1,229 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A Hub from start to stop: a store below a directory, the accounts in it, and the server in front of both."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import secrets
+import shutil
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from harness.errors import DescriptionError
+from harness.hub.accounts import Accounts, Organisation, User
+from harness.hub.api import handler
+from harness.hub.api.admin import ROOT as ADMIN
+from harness.hub.api.calls import TYPES, Hub, Sizes
+from harness.hub.faults import Fault, Faults
+from harness.hub.journal import Journal
+from harness.hub.refusals import Refusal
+from harness.hub.store import Store
+from harness.hub.wire import Limits, Wire
+
+ALICE = User(name="alice", token="hf_alice")
+
+LOG = "server.log"
+
+
+class HubServer:
+    """A Hugging Face Hub on this machine, for the unmodified client.
+
+        with HubServer(tmp_path / "hub") as hub:
+            subprocess.run([sys.executable, "push.py"], env={**os.environ, **hub.env()}, check=True)
+
+    A client reads its address when it is imported: it has to start with the environment of `env`.
+
+    root: an existing or new directory, for this Hub alone; what was pushed to it is there again at the next start.
+    users, organisations: made known at every start, besides those that `root` knows already.
+    host: an address of this machine. Others reach it only with allow_remote: there is no encryption.
+    port: 0 takes a free one. share_port: lets another socket of this user keep the port while no server runs.
+    faults_over_http: whether `/__hub__/faults` and `/__hub__/journal` are there. clock: the time commits get.
+    log: called with each line of the log; without it they go to `server.log` below root.
+    Raises DescriptionError for an address that is not loopback, and for a root that another server has.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        *,
+        users: Sequence[User] = (ALICE,),
+        organisations: Sequence[Organisation] = (),
+        host: str = "127.0.0.1",
+        port: int = 0,
+        share_port: bool = False,
+        allow_remote: bool = False,
+        faults_over_http: bool = False,
+        clock: Callable[[], datetime] = lambda: datetime.now(UTC),
+        log: Callable[[str], None] | None = None,
+        limits: Limits | None = None,
+        sizes: Sizes | None = None,
+    ) -> None:
+        if not allow_remote and not is_loopback(host):
+            raise DescriptionError(
+                f"{host} is not a loopback address, and whoever reaches this Hub could read and write without"
+                " encryption; use 127.0.0.1, or allow it (--allow-remote)"
+            )
+        self.root = Path(root)
+        self.faults = Faults()
+        self.journal = Journal()
+        self._users, self._organisations = users, organisations
+        self._host, self._port, self._share_port = host, port, share_port
+        self._faults_over_http = faults_over_http
+        self._clock = clock
+        self._limits, self._sizes = limits or Limits(), sizes or Sizes()
+        self._log = log or self._write_log
+        self._log_lock = threading.Lock()
+        self._store: Store | None = None
+        self._wire: Wire | None = None
+        self._accounts: Accounts | None = None
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.stop()
+
+    def start(self) -> None:
+        """Opens the store and begins to answer. After `stop` it is on the same port, with everything that was there."""
+        self.root.mkdir(parents=True, exist_ok=True)
+        store = Store(self.root, clock=self._clock)
+        try:
+            accounts = Accounts(store.database, clock=self._clock)
+            for user in self._users:
+                accounts.add_user(user)
+            for organisation in self._organisations:
+                accounts.add_organisation(organisation)
+            uploads = self.root / "uploads"
+            shutil.rmtree(uploads, ignore_errors=True)  # what a killed server left half uploaded
+            hub = Hub(
+                store=store,
+                accounts=accounts,
+                url=lambda: self.url,
+                faults=self.faults,
+                journal=self.journal,
+                uploads=uploads,
+                secret=_secret(self.root / "secret"),
+                faults_over_http=self._faults_over_http,
+                sizes=self._sizes,
+            )
+            wire = Wire(
+                handler(hub),
+                host=self._host,
+                port=self._port,
+                limits=self._limits,
+                faults=self.faults,
+                journal=self.journal,
+                log=self._log,
+                move=self._move,
+                share_port=self._share_port,
+                aside=f"/{ADMIN}/",
+            )
+            wire.start()
+        except BaseException:
+            store.close()
+            raise
+        self._store, self._accounts, self._wire, self._port = store, accounts, wire, wire.port
+
+    def stop(self) -> None:
+        """Ends every connection and closes the store. From then on clients are refused."""
+        if self._wire is not None:
+            self._wire.stop()
+        if self._store is not None:
+            self._store.close()
+        self._wire = self._store = self._accounts = None
+
+    @property
+    def port(self) -> int:
+        """The port, 0 before the first start where a free one was asked for."""
+        return self._port
+
+    @property
+    def url(self) -> str:
+        """The address, without a slash at its end: what HF_ENDPOINT is set to."""
+        host = f"[{self._host}]" if ":" in self._host else self._host
+        return f"http://{host}:{self._port}"
+
+    @property
+    def store(self) -> Store:
+        """Repositories and their content, of a Hub that runs."""
+        if self._store is None:
+            raise RuntimeError("a Hub has its store while it runs: inside its with statement")
+        return self._store
+
+    @property
+    def accounts(self) -> Accounts:
+        """Users and their rights, of a Hub that runs."""
+        if self._accounts is None:
+            raise RuntimeError("a Hub has its accounts while it runs: inside its with statement")
+        return self._accounts
+
+    def env(self, *, token: str | None = ALICE.token, home: str | Path | None = None) -> dict[str, str]:
+        """What a client's environment needs, see `client_environment`. home: `client` below root if not given."""
+        return client_environment(self.url, token=token, home=self.root / "client" if home is None else Path(home))
+
+    def inject(self, *faults: Fault) -> None:
+        """Has requests meet faults from now on; the first one that matches acts."""
+        self.faults.add(*faults)
+
+    def clear_faults(self) -> None:
+        """Takes all faults away."""
+        self.faults.clear()
+
+    def _move(self, move: Mapping[str, str]) -> None:
+        """Moves a branch, between an answer and its arrival."""
+        repository = self.store.find_repository(TYPES.get(move.get("type", "models"), "model"), move["repository"])
+        if repository is None:
+            raise Refusal(kind="no_repository", message=f"a fault moves {move['repository']}, which is not here")
+        self.store.set_branch(repository, move.get("branch", "main"), to=move["to"])
+
+    def _write_log(self, line: str) -> None:
+        with self._log_lock, open(self.root / LOG, "a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+
+def client_environment(url: str, *, token: str | None, home: Path) -> dict[str, str]:
+    """The variables with which a client process talks to the Hub at `url` and to no other, by caches of its own.
+
+    They must be set before huggingface_hub or transformers is imported. An empty HF_TOKEN is none.
+    """
+    around = [os.environ.get(name, "") for name in ("NO_PROXY", "no_proxy")]
+    direct = ",".join(dict.fromkeys(part for part in [*around, "127.0.0.1", "localhost"] if part))
+    return {
+        "HF_ENDPOINT": url,
+        "HF_HOME": str(home),
+        "HF_HUB_CACHE": str(home / "hub"),
+        "HF_MODULES_CACHE": str(home / "modules"),
+        "HF_TOKEN": token or "",
+        "HF_TOKEN_PATH": str(home / "token"),
+        "HF_HUB_OFFLINE": "0",
+        "TRANSFORMERS_OFFLINE": "0",
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "DISABLE_SAFETENSORS_CONVERSION": "true",
+        "NO_PROXY": direct,
+        "no_proxy": direct,
+    }
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address is reached from this machine alone."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _secret(path: Path) -> bytes:
+    """Signs upload addresses; kept, so that an upload goes on when the server was started again."""
+    try:
+        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+            file.write(secrets.token_bytes(32))
+    except FileExistsError:
+        pass
+    return path.read_bytes()
