@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from harness.hub.server import HubServer, User
+from harness.hub import HubServer, User
 from harness.routes import pretrained
 from harness.routes.remote_code import directory, logits_of, request_for
 from harness.trial import Trial
