@@ -47,8 +47,12 @@ if TYPE_CHECKING:
 PROFILES = {"gate": 1, "thorough": 6, "nightly": 30}
 """How many times the catalogue's number of examples a profile draws."""
 
-ROUTE_CHECKS = {"pretrained": "roundtrip.pretrained", "remote_code": "remote_code.outputs", "hub": "hub.outputs"}
-"""A port that lacks the check of a route has no such route."""
+ROUTE_CHECKS = {
+    "pretrained": ("roundtrip.pretrained",),
+    "remote_code": ("remote_code.outputs",),
+    "hub": ("hub.outputs", "remote_code.outputs"),
+}
+"""A port that lacks a check of a route has no such route; nor does it come from the Hub without remote code."""
 
 FRESH_SECONDS = 20.0
 """How long one job of a fresh process may take: less than a check, which then says so itself."""
@@ -177,14 +181,12 @@ def session() -> Iterator[Session]:
     """What the items answered in one process share: a temporary directory and servers of fresh processes."""
     from harness.sandbox import Sandbox
 
-    with tempfile.TemporaryDirectory(prefix="parity-") as directory, reserved_port() as port:
+    with tempfile.TemporaryDirectory(prefix="parity-") as directory:
         root = Path(directory).resolve()
-        endpoint = f"http://127.0.0.1:{port}"
-        with (
-            Sandbox(root, time_limit_seconds=FRESH_SECONDS) as sandbox,
-            Sandbox(root, time_limit_seconds=FRESH_SECONDS, preload=OF_THE_CLIENT, endpoint=endpoint) as hub,
-        ):
-            yield Session(root=root, sandbox=sandbox, hub=hub)
+        with Sandbox(root, time_limit_seconds=FRESH_SECONDS) as sandbox, reserved_port() as port:
+            endpoint = f"http://127.0.0.1:{port}"
+            with Sandbox(root, time_limit_seconds=FRESH_SECONDS, preload=OF_THE_CLIENT, endpoint=endpoint) as hub:
+                yield Session(root=root, sandbox=sandbox, hub=hub)
 
 
 @contextlib.contextmanager
@@ -249,7 +251,8 @@ def ended(item: Item, options: Options, case: Case | None, reason: str, shared: 
 
 
 def _why_not(item: Item) -> str | None:
-    for check in (item.check.id, ROUTE_CHECKS.get(item.route, item.check.id)):
+    ways = [item.route, *(["remote_code"] if item.check.id.startswith("hub.") else [])]
+    for check in (item.check.id, *(check for way in ways for check in ROUTE_CHECKS.get(way, ()))):
         if reason := lacks(item.port, check):
             return f"the port lacks it: {reason}"
     absent = [need for need in item.check.needs if need not in item.family.features]

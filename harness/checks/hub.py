@@ -75,7 +75,7 @@ def outputs(trial: Trial, case: Case) -> dict[str, float]:
     saved = _saved(trial, case)
     with served(trial):
         push(trial, model_of(trial, saved.directory))
-        return _same(trial, pull(trial, _tokens(trial, case), by_name("model")), {"model": saved.logits})
+        return _same(trial, pull(trial, _tokens(trial, case), by_name(NAME)), {NAME: saved.logits})
 
 
 def repushed(trial: Trial, case: Case) -> dict[str, float]:
@@ -90,8 +90,8 @@ def repushed(trial: Trial, case: Case) -> dict[str, float]:
         push_on(trial, NAME, to=mine)
         hub.store.delete_repository(_repository(hub))
         _require_code(trial, hub, mine)
-        answer = pull(trial, _tokens(trial, case), by_name("model pushed again", source=mine))
-        return _same(trial, answer, {"model pushed again": saved.logits})
+        answer = pull(trial, _tokens(trial, case), by_name(mine, source=mine))
+        return _same(trial, answer, {mine: saved.logits})
 
 
 def revisions(trial: Trial, case: Case) -> dict[str, float]:
@@ -110,10 +110,16 @@ def revisions(trial: Trial, case: Case) -> dict[str, float]:
             model_of(trial, branched.directory, revision="experiment"),
             model_of(trial, newest.directory),
         )
+        branches = [ref.name for ref in hub.store.refs(_repository(hub))]
+        if "experiment" not in branches:
+            raise Mismatch(
+                f"push_to_hub(revision='experiment') makes no branch of that name, only {', '.join(branches)}; a port"
+                " hands its options on"
+            )
         commit = _commit(hub, "v1")
         steps = {"main": newest, "v1": tagged, "experiment": branched, commit: tagged, commit[:10]: tagged}
-        answer = pull(trial, _tokens(trial, case), *(by_name(name, revision=name) for name in steps))
-    return _same(trial, answer, {name: saved.logits for name, saved in steps.items()})
+        answer = pull(trial, _tokens(trial, case), *(by_name(f"{NAME} at {name}", revision=name) for name in steps))
+    return _same(trial, answer, {f"{NAME} at {name}": saved.logits for name, saved in steps.items()})
 
 
 def code_revision(trial: Trial, case: Case) -> dict[str, float]:
@@ -123,15 +129,16 @@ def code_revision(trial: Trial, case: Case) -> dict[str, float]:
     revision of the weights.
     """
     old, new = _saved(trial, case), _saved(trial, case, number=1)
+    old_code, new_code = (f"{NAME} with code_revision='{name}'" for name in ("v1", "main"))
     with served(trial):
         _push_two_revisions(trial, old, new)
         answer = pull(
             trial,
             _tokens(trial, case),
-            by_name("weights of main, code of v1", revision="main", code_revision="v1"),
-            by_name("weights of v1, code of main", revision="v1", code_revision="main"),
+            by_name(old_code, revision="main", code_revision="v1"),
+            by_name(new_code, revision="v1", code_revision="main"),
         )
-    expected = {"weights of main, code of v1": new.logits, "weights of v1, code of main": -old.logits}
+    expected = {old_code: new.logits, new_code: -old.logits}
     return _same(trial, answer, expected)
 
 
@@ -145,22 +152,24 @@ def pinned_code(trial: Trial, case: Case) -> dict[str, float]:
     with served(trial) as hub:
         _push_two_revisions(trial, old, new)
         commit = _commit(hub, "v1")
+        pinned, newest = f"{NAME} at the pinned commit", f"{NAME} at main"
         answer = pull(
             trial,
             _tokens(trial, case),
-            by_name("the pinned model", revision=commit),
-            by_name("the newest model", revision="main"),
-            by_name("the pinned model, loaded again", revision=commit),
+            by_name(pinned, revision=commit),
+            by_name(newest, revision="main"),
+            by_name(f"{pinned}, loaded again,", revision=commit),
         )
     for name, values in answer.values.items():
-        places = {str(Path(file).parent.name) for file in values["code"]}
+        places = {Path(file).parent for file in values["code"]}
         if len(places) > 1:
+            files = sorted(f"{Path(file).name} of {Path(file).parent.name[:7]}" for file in values["code"])
             raise Mismatch(
-                f"{name} runs code of {len(places)} revisions ({', '.join(sorted(places))}) once another one was loaded"
-                " in the process; a port imports its helpers relatively (from .file import name)"
+                f"{name} runs code of several revisions in a process that loaded another: {', '.join(files)}; a port"
+                " imports its helpers relatively (from .file import name) and keeps nothing between revisions"
             )
-    expected = {"the pinned model": old.logits, "the newest model": -new.logits}
-    return _same(trial, answer, expected | {"the pinned model, loaded again": old.logits})
+    expected = {pinned: old.logits, newest: -new.logits, f"{pinned}, loaded again,": old.logits}
+    return _same(trial, answer, expected)
 
 
 def private(trial: Trial, case: Case) -> dict[str, float]:
@@ -174,8 +183,8 @@ def private(trial: Trial, case: Case) -> dict[str, float]:
         push(trial, model_of(trial, saved.directory, private=True, token=AUTHOR.token), token=None)
         if not _repository(hub).private:
             raise Mismatch("push_to_hub(private=True) makes a public repository; a port hands its options on")
-        answer = pull(trial, _tokens(trial, case), by_name("model", token=AUTHOR.token))
-    return _same(trial, answer, {"model": saved.logits})
+        answer = pull(trial, _tokens(trial, case), by_name(NAME, token=AUTHOR.token))
+    return _same(trial, answer, {NAME: saved.logits})
 
 
 def gated(trial: Trial, case: Case) -> dict[str, float]:
@@ -188,8 +197,8 @@ def gated(trial: Trial, case: Case) -> dict[str, float]:
         push(trial, model_of(trial, saved.directory))
         hub.store.set_repository(_repository(hub), gated="manual")
         hub.accounts.set_access(_repository(hub), READER.name, "accepted")
-        answer = pull(trial, _tokens(trial, case), by_name("model"), token=READER.token)
-    return _same(trial, answer, {"model": saved.logits})
+        answer = pull(trial, _tokens(trial, case), by_name(NAME), token=READER.token)
+    return _same(trial, answer, {NAME: saved.logits})
 
 
 def warm_cache(trial: Trial, case: Case) -> dict[str, float]:
@@ -200,11 +209,11 @@ def warm_cache(trial: Trial, case: Case) -> dict[str, float]:
     saved, tokens, cache = _saved(trial, case), _tokens(trial, case), trial.workdir / "cache"
     with served(trial) as hub:
         push(trial, model_of(trial, saved.directory))
-        pull(trial, tokens, by_name("model"), cache=cache)
+        pull(trial, tokens, by_name(NAME), cache=cache)
         commit = _commit(hub, "main")
     # transformers 4.57 would wait half a minute for each file whose commit it does not know, or that is not there.
-    answer = pull(trial, tokens, by_name("model", revision=commit, own_generation=True), cache=cache)
-    return _same(trial, answer, {"model": saved.logits})
+    answer = pull(trial, tokens, by_name(NAME, revision=commit, own_generation=True), cache=cache)
+    return _same(trial, answer, {NAME: saved.logits})
 
 
 def offline(trial: Trial, case: Case) -> dict[str, float]:
@@ -215,9 +224,9 @@ def offline(trial: Trial, case: Case) -> dict[str, float]:
     saved, tokens, cache = _saved(trial, case), _tokens(trial, case), trial.workdir / "cache"
     with served(trial):
         push(trial, model_of(trial, saved.directory))
-        pull(trial, tokens, by_name("model"), cache=cache)
-    answer = pull(trial, tokens, by_name("model"), cache=cache, offline=True)
-    return _same(trial, answer, {"model": saved.logits})
+        pull(trial, tokens, by_name(NAME), cache=cache)
+    answer = pull(trial, tokens, by_name(NAME), cache=cache, offline=True)
+    return _same(trial, answer, {NAME: saved.logits})
 
 
 def bin(trial: Trial, case: Case) -> dict[str, float]:
@@ -229,7 +238,7 @@ def bin(trial: Trial, case: Case) -> dict[str, float]:
     write_bin(saved.directory, load(trial, saved.directory))
     with served(trial):
         push(trial, folder_of(saved.directory))
-        return _same(trial, pull(trial, _tokens(trial, case), by_name("model")), {"model": saved.logits})
+        return _same(trial, pull(trial, _tokens(trial, case), by_name(NAME)), {NAME: saved.logits})
 
 
 def sharded(trial: Trial, case: Case) -> dict[str, float]:
@@ -246,8 +255,8 @@ def sharded(trial: Trial, case: Case) -> dict[str, float]:
                 f"push_to_hub(max_shard_size={SHARD_BYTES}) uploads {sum(shards.values())} bytes of weights as"
                 f" {', '.join(shards) or 'no file'}; a port hands its options on"
             )
-        answer = pull(trial, _tokens(trial, case), by_name("model"))
-    return {**_same(trial, answer, {"model": saved.logits}), "shards": float(len(shards))}
+        answer = pull(trial, _tokens(trial, case), by_name(NAME))
+    return {**_same(trial, answer, {NAME: saved.logits}), "shards": float(len(shards))}
 
 
 def tokenizer(trial: Trial, case: Case) -> dict[str, float]:
@@ -259,7 +268,7 @@ def tokenizer(trial: Trial, case: Case) -> dict[str, float]:
     saved = _saved(trial, case)
     words, expected = _write_tokenizer(trial, case)
     before, after = f"{AUTHOR.name}/tokenizer-first", f"{AUTHOR.name}/model-first"
-    with served(trial):
+    with served(trial) as hub:
         push(
             trial,
             tokenizer_of(words, to=before),
@@ -267,6 +276,11 @@ def tokenizer(trial: Trial, case: Case) -> dict[str, float]:
             model_of(trial, saved.directory, to=after),
             tokenizer_of(words, to=after),
         )
+        if left := {file.name for file in words.iterdir()} - set(_content(hub, before)):
+            raise Mismatch(
+                f"{', '.join(sorted(left))} of the tokenizer went from {before} when the model was pushed there; a push"
+                " adds files and leaves others alone"
+            )
         answer = pull(
             trial,
             _tokens(trial, case),
