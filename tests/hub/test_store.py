@@ -496,7 +496,7 @@ def test_pages_have_every_path_once_in_order(
         assert set(whole) >= above and {path for path in whole if path not in above} >= set(files)
     found: list[str] = []
     while page := paths(store, repository, recursive=recursive, after=found[-1] if found else None, count=count):
-        assert len(page) <= count
+        assert len(page) <= count and (not found or page[0] > found[-1])
         found += page
     assert found == whole
     # Also from a path that is not there.
