@@ -90,7 +90,7 @@ class Blobs:
         """Where a content is, or would be. Raises Refusal (bad_request) for what is no SHA-256."""
         if not _SHA256.fullmatch(sha256):
             raise Refusal(kind="bad_request", message=f"{sha256!r} is no SHA-256: expected 64 of 0-9 a-f")
-        return self.directory / sha256[:2] / sha256
+        return self.directory.joinpath(sha256[:2], sha256)
 
     def __contains__(self, sha256: str) -> bool:
         return _SHA256.fullmatch(sha256) is not None and self.path(sha256).is_file()

@@ -64,14 +64,15 @@ class Trees:
         paths: `a.txt` stands between `a` and `a/b`."""
         children = self.children(tree)
         # A folder stands twice: as itself, and where what is in it begins.
-        places = [(prefix + name, child, False) for name, child in children.items()]
+        places = [(path, child, False) for name, child in children.items() if (path := prefix + name) > after]
         if recursive:
-            places += [(f"{prefix}{name}/", child, True) for name, child in children.items() if child.directory]
+            folders = [(f"{prefix}{name}/", child, True) for name, child in children.items() if child.directory]
+            places += [folder for folder in folders if folder[0] > after or after.startswith(folder[0])]
         for path, child, inside in sorted(places):
-            if not inside and path > after:
-                yield path, child
-            elif inside and (path > after or after.startswith(path)):
+            if inside:
                 yield from self.walk(child.oid, path, recursive=True, after=after)
+            else:
+                yield path, child
 
 
 @dataclasses.dataclass

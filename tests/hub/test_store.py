@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import sqlite3
 import subprocess
 import sys
+import textwrap
 import threading
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
@@ -494,7 +496,7 @@ def test_pages_have_every_path_once_in_order(
         assert set(whole) >= above and {path for path in whole if path not in above} >= set(files)
     found: list[str] = []
     while page := paths(store, repository, recursive=recursive, after=found[-1] if found else None, count=count):
-        assert len(page) <= count
+        assert len(page) <= count and (not found or page[0] > found[-1])
         found += page
     assert found == whole
     # Also from a path that is not there.
@@ -785,6 +787,39 @@ def test_two_stores_on_one_root_refuse_each_other(tmp_path: Path) -> None:
     assert other.returncode != 0 and f"process {os.getpid()}" in other.stderr.splitlines()[-1]
     store.close()
     Store(root).close()
+
+
+def test_a_child_that_lives_on_does_not_keep_the_root(tmp_path: Path) -> None:
+    program = """
+    import os, sys, time
+    from pathlib import Path
+    from harness.hub.store import Store
+    store = Store(Path(sys.argv[1]))
+    child = os.fork()
+    if child == 0:
+        time.sleep(600)
+    try:
+        store.close()
+        Store(Path(sys.argv[1])).close()
+    finally:
+        os.kill(child, 9)
+        os.waitpid(child, 0)
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(program), str(tmp_path / "root")], capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()
+
+
+def test_a_root_that_cannot_be_locked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("harness.hub.database.fcntl.flock", refuse)
+    with pytest.raises(DescriptionError, match=r"cannot be locked .No locks available.; give a root on a local disk"):
+        Store(tmp_path / "root")
+
+
+def test_others_on_the_machine_cannot_look_into_a_root(store: Store) -> None:
+    assert store.root.stat().st_mode & 0o077 == 0
 
 
 def test_what_a_killed_writer_left_is_swept(tmp_path: Path) -> None:
