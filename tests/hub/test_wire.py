@@ -555,6 +555,23 @@ def test_connection_limit() -> None:
         assert one_answer(served, GET).status == 200
 
 
+def test_a_client_without_a_place_may_finish_what_it_says() -> None:
+    """It learns why after its body, as most clients read no sooner."""
+    with serving(limits=Limits(connections=1)) as served, connected(served) as inside, connected(served) as outside:
+        inside.sendall(GET)
+        assert next_answer(inside).status == 200
+        outside.sendall(request("PUT", "/x", bytes(5_000_000)))
+        refused(answers(received(outside))[0], 503)
+
+
+def test_the_last_answer_ends_at_once_and_stop_waits_for_nobody() -> None:
+    """Not when the time is up in which the client's own end is waited for."""
+    with serving(limits=Limits(linger_seconds=3600)) as served, connected(served) as connection:
+        connection.sendall(request("GET", "/x", Connection="close"))
+        assert len(answers(received(connection))) == 1
+        served.wire.stop()
+
+
 def test_many_clients_at_once(served: Served) -> None:
     wrong: list[object] = []
 
