@@ -17,6 +17,7 @@ import pytest
 from harness.hub.faults import FIELDS, Fault, Faults, fault_from_json, faults_from_json
 from harness.hub.messages import FilePart, Request, Response
 from harness.hub.refusals import Refusal
+from harness.hub.wire import Limits
 from tests.hub.raw import (
     GET,
     LIMIT,
@@ -101,6 +102,12 @@ def test_no_answer(end: str, how: str, data: bytes) -> None:
         assert bool(done) == (end == "apply_then_reset")
         (entry,) = served.journal.entries()
         assert (entry.status, entry.content_length, entry.fault) == (None, None, "/here")
+
+
+def test_a_clean_end_before_the_answer_is_clean_after_an_upload_too() -> None:
+    """All of the body is taken first: what is left unread when a connection ends makes a reset of it."""
+    with serving(limits=Limits(linger_seconds=0.001)) as served:
+        assert asked(served, request("PUT", "/x", bytes(20_000_000)), Fault(match="", close_before=True)) == (b"", END)
 
 
 @pytest.mark.parametrize("count", [0, 1, 1_000_000, len(CONTENT) - 1, len(CONTENT), len(CONTENT) + 1])
