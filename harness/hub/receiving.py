@@ -37,7 +37,7 @@ class Limits:
     idle_seconds: float = 75.0
     slow_bytes: int = 1024
     drain_bytes: int = 1024**3
-    linger_seconds: float = 1.0
+    linger_seconds: float = 5.0
 
 
 class Stream:
