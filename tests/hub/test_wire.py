@@ -517,7 +517,12 @@ def test_a_client_that_does_not_read_is_let_go(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(bytes(20_000_000))
     part = FilePart(path=tmp_path / "file", start=0, stop=20_000_000)
     for content in (part, bytes(20_000_000)):
-        with serving(lambda asked: Response(content=content), limits=QUICK) as served, connected(served) as lazy:  # noqa: B023
+        with (
+            serving(
+                lambda asked: Response(content=content), limits=Limits(idle_seconds=0.4, linger_seconds=0.2)
+            ) as served,
+            connected(served) as lazy,
+        ):  # noqa: B023
             lazy.sendall(GET)
             lazy.recv(1)
             wait_for(lambda: not [name for name in threads_of(served.wire) if "client" in name])
