@@ -354,6 +354,17 @@ def test_pipelining(served: Served) -> None:
         assert next_answer(connection).status == 200
 
 
+def test_requests_in_two_pieces(served: Served) -> None:
+    """Wherever the network cuts them."""
+    with connected(served) as connection:
+        for data in (b"\r\n" + GET, request("PUT", "/x", b"abc"), chunked(b"abcdef", 4)):
+            for cut in range(1, len(data)):
+                connection.sendall(data[:cut])
+                time.sleep(0.001)
+                connection.sendall(data[cut:])
+                assert next_answer(connection).status == 200
+
+
 @pytest.mark.parametrize("begun", [False, True], ids=["unread", "begun"])
 @pytest.mark.parametrize("as_chunks", [False, True], ids=["counted", "chunked"])
 def test_a_body_left_unread_is_no_request(as_chunks: bool, begun: bool) -> None:
@@ -513,20 +524,17 @@ def test_a_silent_client_is_let_go() -> None:
             assert answers(received(connection))[0].status == 408
 
 
-def test_a_client_that_does_not_read_is_let_go(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["file", "bytes"])
+def test_a_client_that_does_not_read_is_let_go(tmp_path: Path, kind: str) -> None:
     (tmp_path / "file").write_bytes(bytes(20_000_000))
     part = FilePart(path=tmp_path / "file", start=0, stop=20_000_000)
-    for content in (part, bytes(20_000_000)):
-        with (
-            serving(
-                lambda asked: Response(content=content), limits=Limits(idle_seconds=0.4, linger_seconds=0.2)
-            ) as served,
-            connected(served) as lazy,
-        ):  # noqa: B023
-            lazy.sendall(GET)
-            lazy.recv(1)
-            wait_for(lambda: not [name for name in threads_of(served.wire) if "client" in name])
-            assert len(received(lazy)) < 20_000_000
+    response = Response(content=part if kind == "file" else bytes(20_000_000))
+    limits = Limits(idle_seconds=0.4, linger_seconds=0.2)
+    with serving(lambda asked: response, limits=limits) as served, connected(served) as lazy:
+        lazy.sendall(GET)
+        lazy.recv(1)
+        wait_for(lambda: not [name for name in threads_of(served.wire) if "client" in name])
+        assert len(received(lazy)) < 20_000_000
 
 
 def wait_for(condition: object) -> None:
