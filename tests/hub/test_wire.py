@@ -274,6 +274,7 @@ CLOSING = {
     "body that ends": (head("PUT / HTTP/1.1", "Host: a", "Content-Length: 1000") + b"abc", 400),
     "TLS": (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n", 400),
 }
+BEGIN_CHUNKS = head("PUT / HTTP/1.1", "Host: a", "Transfer-Encoding: chunked")
 BAD_CHUNKS = {
     "no size": b"\r\nabc\r\n0\r\n\r\n",
     "letters": b"xyz\r\nabc\r\n0\r\n\r\n",
@@ -303,14 +304,12 @@ def test_what_is_no_request(served: Served, data: bytes, status: int) -> None:
 
 @pytest.mark.parametrize("data", BAD_CHUNKS.values(), ids=BAD_CHUNKS.keys())
 def test_bad_chunks(served: Served, data: bytes) -> None:
-    begin = head("PUT / HTTP/1.1", "Host: a", "Transfer-Encoding: chunked")
-    refused(one_answer(served, begin + data), 400)
+    refused(one_answer(served, BEGIN_CHUNKS + data), 400)
     assert one_answer(served, GET).status == 200
 
 
 def test_too_many_trailers(served: Served) -> None:
-    begin = head("PUT / HTTP/1.1", "Host: a", "Transfer-Encoding: chunked")
-    refused(one_answer(served, begin + b"0\r\n" + b"X: y\r\n" * 200 + b"\r\n" + GET), 431)
+    refused(one_answer(served, BEGIN_CHUNKS + b"0\r\n" + b"X: y\r\n" * 200 + b"\r\n" + GET), 431)
 
 
 def refused(answer: Answer, status: int) -> None:
@@ -321,7 +320,19 @@ def refused(answer: Answer, status: int) -> None:
     assert content["error"].startswith(answer.headers["x-error-message"][:20])
 
 
-@pytest.mark.parametrize("data", [b"GET / HTTP/1.1\n", b"GET /\r\n", b"nonsense\r\n", b"\x16\x03\x01\r\n"])
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"GET / HTTP/1.1\n",
+        b"GET /\r\n",
+        b"nonsense\r\n",
+        b"\x16\x03\x01\r\n",
+        BEGIN_CHUNKS + b"0" * 1000,
+        BEGIN_CHUNKS + b"3;" + b"a" * 100_000,
+        BEGIN_CHUNKS + b"0\r\nX: " + b"a" * 100_000,
+    ],
+    ids=lambda data: data[-10:],
+)
 def test_nonsense_is_refused_before_its_end(served: Served, data: bytes) -> None:
     with connected(served) as connection:
         connection.sendall(data)
@@ -488,14 +499,24 @@ def test_a_client_that_goes_in_the_middle_of_its_answer(tmp_path: Path) -> None:
         assert served.log == []
 
 
-@pytest.mark.parametrize("begin", [b"", request("PUT", "/x", Content_Length="100000")], ids=["head", "body"])
-def test_a_slow_client_is_dropped_and_harms_nobody(begin: bytes) -> None:
+@pytest.mark.parametrize(
+    ("begin", "given"),
+    [
+        (b"", GET[:-1]),
+        (request("PUT", "/x", Content_Length="100000"), b"a"),
+        (BEGIN_CHUNKS, b"1\r\na\r\n"),
+        (BEGIN_CHUNKS, b"0"),
+        (BEGIN_CHUNKS, b"0\r\nX: " + b"y" * 1000),
+    ],
+    ids=["head", "body", "chunks", "size", "trailer"],
+)
+def test_a_slow_client_is_dropped_and_harms_nobody(begin: bytes, given: bytes) -> None:
+    """A byte at a time, never silent for long."""
     with serving(limits=QUICK) as served, connected(served) as slow:
         slow.sendall(begin)
-        given = GET * 1000
         with contextlib.suppress(ConnectionError):
-            for number in range(len(given)):
-                slow.sendall(given[number % len(GET[:-1]) : number % len(GET[:-1]) + 1])
+            for byte in itertools.cycle(given):
+                slow.sendall(bytes((byte,)))
                 assert one_answer(served, GET).status == 200
                 if answered(slow, 0.02):
                     break
