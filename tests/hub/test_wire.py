@@ -7,6 +7,7 @@ import contextlib
 import gc
 import itertools
 import json
+import os
 import random
 import re
 import socket
@@ -114,10 +115,12 @@ def test_files(tmp_path: Path, start: int, stop: int) -> None:
     content = random.Random(0).randbytes(300_000)
     (tmp_path / "file").write_bytes(content)
     part = FilePart(path=tmp_path / "file", start=start, stop=stop)
+    open_before = len(os.listdir("/dev/fd"))
     with serving(lambda asked: Response(content=part)) as served:
         get, head, again = answers(said(served, GET + request("HEAD", "/") + GET), methods=("GET", "HEAD", "GET"))
     assert get.content == again.content == content[start:stop]
     assert head.headers["content-length"] == str(stop - start)
+    assert len(os.listdir("/dev/fd")) <= open_before
 
 
 @pytest.mark.parametrize(("name", "stop"), [("missing", 1), ("file", 11), ("", 1)])
@@ -173,6 +176,23 @@ def chunked(body: bytes, size: int) -> bytes:
 
 
 END = b"0\r\nTrailer: x\r\n\r\n"
+
+
+def test_a_large_body_comes_in_large_pieces() -> None:
+    """However small those are in which it is sent: who stores it works piece by piece."""
+    sizes: list[int] = []
+
+    def handler(asked: Request) -> Response:
+        sizes.extend(len(chunk) for chunk in asked.body.chunks(limit=LIMIT))
+        return Response()
+
+    with serving(handler) as served, connected(served) as connection:
+        connection.sendall(request("PUT", "/x", Content_Length="3000000"))
+        for _ in range(3000):
+            connection.sendall(bytes(1000))
+        assert next_answer(connection).status == 200
+    assert sum(sizes) == 3_000_000
+    assert set(sizes[1:-1]) == {256 * 1024}
 
 
 @pytest.mark.parametrize("as_chunks", [False, True])
@@ -400,6 +420,10 @@ def test_a_body_too_long_to_drain_ends_the_connection() -> None:
         assert (answer.status, answer.headers["connection"]) == (403, "close")
         (answer,) = answers(said(served, chunked(bytes(1_000_000), 1000) + GET))
         assert (answer.status, answer.headers["connection"]) == (403, "close")
+        with connected(served) as connection:  # Which is told at once where the length says so.
+            connection.sendall(request("PUT", "/x", Content_Length="100001"))
+            (answer,) = answers(received(connection))
+        assert (answer.status, answer.headers["connection"]) == (403, "close")
 
 
 def test_expect_continue(served: Served) -> None:
@@ -412,6 +436,28 @@ def test_expect_continue(served: Served) -> None:
         connection.sendall(request("PUT", "/x", b"def", Expect="100-continue"))
         answer = next_answer(connection)
         assert (answer.status, json.loads(answer.content)["body"]) == (200, "def")
+
+
+def test_expect_continue_of_a_body_that_is_left_in_the_middle() -> None:
+    def handler(asked: Request) -> Response:
+        next(iter(asked.body.chunks(limit=LIMIT)))
+        return Response(status=403)
+
+    with serving(handler) as served, connected(served) as connection:
+        for _ in range(2):
+            connection.sendall(request("PUT", "/x", Expect="100-continue", Content_Length="1000000"))
+            assert next_answer(connection).status == 100
+            connection.sendall(bytes(1_000_000))
+            assert next_answer(connection).status == 403
+
+
+def test_expect_continue_of_http_1_0(served: Served) -> None:
+    """Which knows no 100."""
+    with connected(served) as connection:
+        connection.sendall(head("PUT /x HTTP/1.0", "Content-Length: 3", "Expect: 100-continue"))
+        assert not answered(connection, 0.05)
+        connection.sendall(b"abc")
+        assert answers(received(connection))[0].status == 200
 
 
 def test_expect_continue_that_is_refused() -> None:
