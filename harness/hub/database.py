@@ -37,15 +37,16 @@ class Database:
         self._lock = threading.RLock()
         self._connection = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False)
         try:
-            check_schema(self._connection, self.path)
+            if not check_schema(self._connection, self.path):
+                self._connection.execute("PRAGMA synchronous = OFF")  # There is nothing yet that could be lost.
             self._connection.execute("PRAGMA journal_mode = WAL")
-            # A commit is in the write-ahead log when it is acknowledged, so that a killed process loses none. The log
-            # is not forced to the disk each time: after a power loss the last commits can be gone, but each whole.
-            self._connection.execute("PRAGMA synchronous = NORMAL")
             self._connection.execute("PRAGMA foreign_keys = ON")
             self.execute_script(
                 f"PRAGMA application_id = {APPLICATION}; PRAGMA user_version = {SCHEMA_VERSION}; {schema}"
             )
+            # A commit is in the write-ahead log when it is acknowledged, so that a killed process loses none. The log
+            # is not forced to the disk each time: after a power loss the last commits can be gone, but each whole.
+            self._connection.execute("PRAGMA synchronous = NORMAL")
         except BaseException:
             self._connection.close()
             raise
@@ -87,8 +88,8 @@ class Database:
             self._connection.close()
 
 
-def check_schema(connection: sqlite3.Connection, path: Path) -> None:
-    """Raises DescriptionError unless the file is empty or a Hub's that this version can read."""
+def check_schema(connection: sqlite3.Connection, path: Path) -> bool:
+    """Whether there is something in the file. Raises DescriptionError unless it is a Hub's that this version reads."""
     try:
         application = connection.execute("PRAGMA application_id").fetchone()[0]
         version = connection.execute("PRAGMA user_version").fetchone()[0]
@@ -102,12 +103,21 @@ def check_schema(connection: sqlite3.Connection, path: Path) -> None:
             f"{path} was made by a newer version: its schema is {version}, this one reads up to {SCHEMA_VERSION}; "
             "update parity-harness or give another root"
         )
+    return bool(application)
 
 
 @contextlib.contextmanager
-def locked(root: Path) -> Iterator[None]:
-    """Holds the directory for this process. Raises DescriptionError, with the other's id, where one has it already."""
-    descriptor = os.open(root / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+def locked(root: Path, *, make: bool = False) -> Iterator[None]:
+    """Holds the directory for this process; with `make` it need not be there.
+
+    Raises DescriptionError where another process has it, with that one's id, or where it is no directory to write in.
+    """
+    try:
+        if make:
+            root.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(root / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise DescriptionError(f"{root} cannot be the root of a Hub ({error.strerror}); give another root") from None
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -99,8 +99,8 @@ def verified_snapshot(
             _forget(folder / name)
     name, found = next(iter(wrong.items()))
     raise DownloadFailed(
-        f"{what}: {name} arrived {attempts} times and {found}; the copies were removed from the cache. Something between"
-        " here and the Hub changes what is sent"
+        f"{what}: {name} arrived {attempts} times and {found}; the copies were removed from the cache. Something"
+        " between here and the Hub changes what is sent"
     )
 
 

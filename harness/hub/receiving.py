@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import re
 import socket
@@ -52,18 +53,18 @@ class Stream:
 
         Raises Refusal as soon as it is clear that no proper head comes.
         """
-        rest, deadline, begun = self._rest, 0.0, False
+        rest, seen, deadline = self._rest, 0, 0.0
+        if rest.startswith(b"\r\n"):
+            del rest[:2]
         while True:
-            if not begun and rest.startswith(b"\r\n"):
-                del rest[:2]
-                begun = True
-            end = rest.find(b"\r\n\r\n")
+            end = rest.find(b"\r\n\r\n", max(0, seen - 3))
             if 0 <= end <= self._limits.header_bytes:
                 head = bytes(rest[:end])
                 del rest[: end + 4]
                 return head
             if rest:
-                self._check_beginning(bytes(rest))
+                self._check_beginning(seen)
+                seen = len(rest)
                 deadline = deadline or time.monotonic() + self._limits.idle_seconds
                 if time.monotonic() > deadline:
                     raise _too_slow("a request's head")
@@ -73,22 +74,25 @@ class Stream:
                 if not rest:
                     return None
                 raise _too_slow("a request's head") from None
-            except ConnectionError:
-                return None
             if not more:
                 if not rest:
                     return None
                 raise bad("The connection ended in the middle of a request's head.")
             rest += more
+            if not seen and rest.startswith(b"\r\n"):
+                del rest[:2]
 
-    def _check_beginning(self, data: bytes) -> None:
-        line, newline, _ = data.partition(b"\r\n")
-        if newline or len(data) > self._limits.header_bytes:
+    def _check_beginning(self, seen: int) -> None:
+        """Looks at what came after the first `seen` bytes of a head that is not complete."""
+        newline = self._rest.find(b"\r\n", max(0, seen - 1))
+        is_first = newline >= 0 and newline == self._rest.find(b"\r\n")
+        if is_first or len(self._rest) > self._limits.header_bytes:
+            line = bytes(self._rest.partition(b"\r\n")[0])
             request_line(line, target_bytes=self._limits.target_bytes)
-        if len(data) > self._limits.header_bytes:
+        if len(self._rest) > self._limits.header_bytes:
             message = f"Request line and headers are longer than {self._limits.header_bytes} bytes."
             raise Refusal(kind="headers_too_large", message=message)
-        if _BARE_NEWLINE.search(data):
+        if _BARE_NEWLINE.search(self._rest, seen):
             raise bad("A line of the head ends in a newline alone; HTTP's lines end in CR LF.")
 
     def waiting(self) -> bool:
@@ -174,12 +178,15 @@ class IncomingBody:
         self._expects_continue = expects_continue
         self._limits = limits
         self._cut_after = cut_after
-        self._source = self._pieces()
+        self._source: Iterator[memoryview] = iter(()) if self.complete else self._pieces()
 
     def read(self, *, limit: int) -> bytes:
         if self.complete:
             return b""
-        return b"".join(bytes(chunk) for chunk in self.chunks(limit=limit))
+        whole = bytearray()
+        for chunk in self.chunks(limit=limit):
+            whole += chunk
+        return bytes(whole)
 
     def chunks(self, *, limit: int) -> Iterator[memoryview]:
         if self.length is not None and self.length > limit:
@@ -192,19 +199,17 @@ class IncomingBody:
             raise bad("The request's body cannot be read on: it ended in the middle.")
 
     def lines(self, *, limit: int, line_limit: int) -> Iterator[bytes]:
-        begun: list[bytes] = []
-        size = 0
+        begun = bytearray()
         for chunk in self.chunks(limit=limit):
             for index, part in enumerate(bytes(chunk).split(b"\n")):
                 if index:
-                    yield b"".join(begun)
-                    begun, size = [], 0
-                begun.append(part)
-                size += len(part)
-                if size > line_limit:
+                    yield bytes(begun)
+                    begun.clear()
+                begun += part
+                if len(begun) > line_limit:
                     raise Refusal(kind="too_large", message=f"A line of the body is longer than {line_limit} bytes.")
-        if size:
-            yield b"".join(begun)
+        if begun:
+            yield bytes(begun)
 
     def drain(self) -> None:
         """Reads what the handler left, unless it is too much or the client waits to be asked for it."""
@@ -212,16 +217,12 @@ class IncomingBody:
         unasked = self._expects_continue and not self._stream.waiting()
         if self.complete or unasked or (self.length is not None and self.length > most):
             return
-        try:
+        with contextlib.suppress(Refusal):
             for _ in self._source:
                 if self.received > most:
                     return
-        except Refusal:
-            return
 
     def _pieces(self) -> Iterator[memoryview]:
-        if self.complete:
-            return
         if self._expects_continue and not self._stream.waiting():
             self._socket.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
         self._expects_continue = False

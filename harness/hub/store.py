@@ -11,14 +11,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal, cast
 
-from harness.errors import DescriptionError
 from harness.hub import names
 from harness.hub.blobs import Blobs
 from harness.hub.database import Database, Row, locked
 from harness.hub.objects import POINTER_BYTES, Child, commit_oid, object_oid, pointer, read_pointer
 from harness.hub.refusals import Kind, Refusal
 from harness.hub.trees import SCHEMA as TREES_SCHEMA
-from harness.hub.trees import Draft, Trees
+from harness.hub.trees import Draft, Trees, damaged
 
 TYPES = ("model", "dataset", "space")
 MAIN = "main"
@@ -179,18 +178,15 @@ class Store:
 
         Raises DescriptionError where another Hub has the root, a newer version made it, or it is none.
         """
+        self.root = root
         self._clock = clock
         self._closing = contextlib.ExitStack()
         with contextlib.ExitStack() as stack:
-            try:
-                root.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise DescriptionError(f"{root} cannot be the root of a Hub: {error}") from None
-            stack.enter_context(locked(root))
+            stack.enter_context(locked(root, make=True))
             self.database = Database(root, schema=SCHEMA + TREES_SCHEMA)
             stack.callback(self.database.close)
             self.blobs = Blobs(root)
-            self.blobs.sweep()
+            self.blobs.open()
             self._trees = Trees(self.database)
             self._closing = stack.pop_all()
 
@@ -379,8 +375,8 @@ class Store:
             "  UNION ALL SELECT commits.parent, distance + 1 FROM line JOIN commits USING (oid)"
             "  WHERE commits.parent IS NOT NULL AND distance + 1 < ?)"
             " SELECT oid, parent, text, author, seconds FROM line JOIN commits USING (oid) WHERE distance >= ?"
-            " ORDER BY distance",
-            (repository.key, oid, start + count, start),
+            " ORDER BY distance LIMIT ?",
+            (repository.key, oid, start + count, start, count),
         )
         return [_as_commit(row) for row in rows]
 
@@ -643,7 +639,7 @@ class Store:
     ) -> str:
         tree = self._tree(key, parent) if parent else None
         if parent and tree is None:
-            raise RuntimeError(f"the commit {parent} is missing from {self.database.path}; run parity hub fsck")
+            raise damaged("commit", parent, self.database)
         draft = Draft(self._trees, tree)
         for operation, file in prepared:
             if file is None:
@@ -685,6 +681,8 @@ class Store:
             files.update((row[0], row) for row in rows)
         entries = []
         for path, child in found:
+            if not child.directory and child.oid not in files:
+                raise damaged("file", child.oid, self.database)
             _, sha256, size, lfs = ("", None, 0, False) if child.directory else files[child.oid]
             entries.append(
                 Entry(path=path, directory=child.directory, oid=child.oid, size=size, sha256=sha256, lfs=bool(lfs))

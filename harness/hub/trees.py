@@ -31,15 +31,16 @@ class Trees:
         self._entries = 0
 
     def children(self, oid: str) -> Mapping[str, Child]:
-        """What is in a folder, by name. Raises RuntimeError where the database has lost it."""
+        """What is in a folder, by name. Raises RuntimeError where the database has lost or damaged it."""
         with self._lock:
             if oid in self._kept:
                 self._kept.move_to_end(oid)
                 return self._kept[oid]
         rows = self._database.read("SELECT content FROM trees WHERE oid = ?", (oid,))
-        if not rows:
-            raise RuntimeError(f"the tree {oid} is missing from {self._database.path}; run parity hub fsck")
-        children = read_tree(rows[0][0])
+        try:
+            children = read_tree(rows[0][0])
+        except (IndexError, ValueError):
+            raise damaged("tree", oid, self._database) from None
         with self._lock:
             if oid not in self._kept:
                 self._kept[oid] = children
@@ -103,21 +104,26 @@ class Draft:
         folder.children[name] = Child(oid, False)
 
     def delete(self, path: str, *, directory: bool) -> None:
-        """A file goes, or a folder with all that is in it. Refuses (no_entry) where there is none."""
+        """A file goes, or a folder with all that is in it, and folders that are empty then, which git does not have.
+
+        Refuses (no_entry) where there is none.
+        """
         *above, name = path.split("/")
-        folder = self._root
+        way = [self._root]
         for segment in above:
-            child = folder.children.get(segment)
+            child = way[-1].children.get(segment)
             if child is None or not child.directory:
                 raise _missing(path)
-            folder = self._below(folder, segment, child)
-        if name not in folder.children or folder.children[name].directory != directory:
+            way.append(self._below(way[-1], segment, child))
+        if name not in way[-1].children or way[-1].children[name].directory != directory:
             raise _missing(path)
-        del folder.children[name]
-        folder.opened.pop(name, None)
+        _remove(way.pop(), name)
+        for folder, segment in zip(reversed(way), reversed(above), strict=True):
+            if not folder.opened[segment].children:
+                _remove(folder, segment)
 
     def write(self, connection: sqlite3.Connection) -> str:
-        """Keeps what was changed; gives the id of the whole. Folders that have become empty are gone, as in git."""
+        """Keeps what was changed; gives the id of the whole."""
         return _write(connection, self._root)
 
     def _open(self, tree: str | None) -> _Folder:
@@ -129,17 +135,23 @@ class Draft:
         return folder.opened[name]
 
 
+def _remove(folder: _Folder, name: str) -> None:
+    del folder.children[name]
+    folder.opened.pop(name, None)
+
+
 def _write(connection: sqlite3.Connection, folder: _Folder) -> str:
     for name, opened in folder.opened.items():
-        oid = _write(connection, opened)
-        if opened.children:
-            folder.children[name] = Child(oid, True)
-        else:
-            del folder.children[name]
+        folder.children[name] = Child(_write(connection, opened), True)
     content = tree_content(folder.children)
     oid = object_oid("tree", content)
     connection.execute("INSERT OR IGNORE INTO trees VALUES (?, ?)", (oid, content))
     return oid
+
+
+def damaged(what: str, oid: str, database: Database) -> RuntimeError:
+    """To be raised where something is not there that must be: no request can be the cause."""
+    return RuntimeError(f"the {what} {oid} is missing from {database.path} or damaged; run parity hub fsck")
 
 
 def _refusal(kind: Kind, message: str) -> Refusal:

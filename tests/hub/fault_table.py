@@ -30,8 +30,7 @@ PATIENT_SECONDS = 15
 
 PRELUDE = """
 import hashlib, json, os, pathlib, sys, time
-from huggingface_hub import *
-from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+from huggingface_hub import CommitOperationAdd, HfApi, hf_hub_download, snapshot_download
 
 api = HfApi()
 
@@ -99,7 +98,9 @@ HEAD, GET = r"^HEAD .*/resolve/.*/w\.bin", r"^GET .*/resolve/.*/w\.bin"
 COMMIT, PUT, CREATE = "^POST .*/commit/", "^PUT /__lfs__/", "^POST /api/repos/create"
 
 
-def row(said: str, match: str, asks: str = "download", *, warm: bool = False, size: int = 100_000, **fault: object) -> Row:
+def row(
+    said: str, match: str, asks: str = "download", *, warm: bool = False, size: int = 100_000, **fault: object
+) -> Row:
     """A row with one fault."""
     return Row(said=said, asks=asks, faults=(Fault(match=match, **fault),), warm=warm, size=size)  # type: ignore[arg-type]
 
@@ -114,7 +115,9 @@ ROWS: tuple[Row, ...] = (
     status("HEAD: 503 once", HEAD, 503),
     status("HEAD: 503 for ever", HEAD, 503, times=-1),
     status("HEAD: 500 for ever, warm cache", HEAD, 500, times=-1, warm=True),
-    status("HEAD: 401 RepoNotFound, warm cache", HEAD, 401, times=-1, warm=True, headers={"X-Error-Code": "RepoNotFound"}),
+    status(
+        "HEAD: 401 RepoNotFound, warm cache", HEAD, 401, times=-1, warm=True, headers={"X-Error-Code": "RepoNotFound"}
+    ),
     status("HEAD: 429 once, Retry-After 1", HEAD, 429, headers={"Retry-After": "1"}),
     status("GET: 429 once, Retry-After 1", GET, 429, headers={"Retry-After": "1"}),
     status("GET: 503 once", GET, 503),
@@ -151,7 +154,7 @@ ROWS: tuple[Row, ...] = (
     status("create: 503 once", CREATE, 503, "create"),
     status("info: 503 once", "^GET /api/models/alice/model", 503, "info"),
     status("PUT: 403", PUT, 403, "upload", times=-1),
-)  # fmt: skip
+)
 
 
 def measured(row: Row) -> str:

@@ -3,6 +3,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -43,7 +47,6 @@ def everything(repo):
         "delete": lambda: api.delete_repo(repo),
     }
     return {name: tried(calls[name]) for name in given.get("only", calls)}
-
 """
 
 
@@ -128,6 +131,33 @@ def test_a_token_to_read_does_not_write_even_ones_own(shared: HubServer, client:
 
 
 @pytest.mark.hub
+def test_whoever_sees_a_repository_may_open_a_pull_request_and_change_no_branch(
+    shared: HubServer, client: Client
+) -> None:
+    script = """
+    def put(**options):
+        operations = [CommitOperationAdd("w.bin", given["text"].encode()), CommitOperationAdd("t.txt", b"t")]
+        return api.create_commit("alice/public", operations, commit_message="mine", **options)
+
+
+    answer = [
+        tried(lambda: put(create_pr=True)),
+        tried(lambda: put(revision="refs/pr/1")),
+        tried(put),
+        sorted(api.list_repo_files("alice/public")),
+    ]
+    """
+    main = [".gitattributes", "f"]
+    bob = client(shared, script, token="hf_bob", text="bob's own")
+    assert bob == ["ok", "ok", "HfHubHTTPError 403", main]
+    assert client(shared, script, token="hf_carol_reads", text="carol's") == ["HfHubHTTPError 403"] * 3 + [main]
+    missing = "RepositoryNotFoundError 401"
+    assert client(shared, script, token=None, text="nobody's") == [missing] * 3 + [main]
+    proposed = client(shared, 'answer = api.list_repo_files("alice/public", revision="refs/pr/1")')
+    assert sorted(proposed) == [*main, "t.txt", "w.bin"]
+
+
+@pytest.mark.hub
 def test_a_gated_repository_gives_its_files_to_those_who_were_given_access(shared: HubServer, client: Client) -> None:
     only = ["info", "files", "download", "check"]
     told = {
@@ -140,18 +170,35 @@ def test_a_gated_repository_gives_its_files_to_those_who_were_given_access(share
         assert set(alice.values()) == {"ok"}
     ask = """
     from huggingface_hub.utils import build_hf_headers, get_session
+
+
     def ask(name):
-        return get_session().post(f"{os.environ['HF_ENDPOINT']}/alice/{name}/ask-access", headers=build_hf_headers()).status_code
-    answer = [ask("auto"), ask("manual"), tried(lambda: hf_hub_download("alice/auto", "f")), tried(lambda: hf_hub_download("alice/manual", "f"))]
+        return (
+            get_session()
+            .post(f"{os.environ['HF_ENDPOINT']}/alice/{name}/ask-access", headers=build_hf_headers())
+            .status_code
+        )
+
+
+    answer = [
+        ask("auto"),
+        ask("manual"),
+        tried(lambda: hf_hub_download("alice/auto", "f")),
+        tried(lambda: hf_hub_download("alice/manual", "f")),
+    ]
     """
     assert client(shared, ask, token="hf_bob") == [200, 200, "ok", "GatedRepoError 403"]
     decide = """
     pending = [r.username for r in api.list_pending_access_requests("alice/manual")]
     api.accept_access_request("alice/manual", "bob")
     api.grant_access("alice/manual", "carol")
-    answer = [pending, sorted(r.username for r in api.list_accepted_access_requests("alice/manual")),
-              tried(lambda: api.accept_access_request("alice/manual", "bob")), tried(lambda: api.grant_access("alice/manual", "nobody")),
-              tried(lambda: list(api.list_pending_access_requests("alice/public")))]
+    answer = [
+        pending,
+        sorted(r.username for r in api.list_accepted_access_requests("alice/manual")),
+        tried(lambda: api.accept_access_request("alice/manual", "bob")),
+        tried(lambda: api.grant_access("alice/manual", "nobody")),
+        tried(lambda: list(api.list_pending_access_requests("alice/public"))),
+    ]
     """
     pending, accepted, again, unknown, ungated = client(shared, decide)
     assert (pending, accepted) == (["bob"], ["bob", "carol"])
@@ -167,6 +214,8 @@ def test_a_gated_repository_gives_its_files_to_those_who_were_given_access(share
 def test_a_disabled_repository_says_so_to_everybody(shared: HubServer, client: Client) -> None:
     for token in (None, "hf_alice"):
         done = everything(shared, client, "alice/disabled", token, only=["info", "files", "download", "upload"])
+        # Where files are downloaded the client keeps the reason as the cause of this one.
+        assert done.pop("download") == "LocalEntryNotFoundError"
         assert set(done.values()) == {"DisabledRepoError 403"}
 
 
@@ -183,20 +232,18 @@ def test_nobody_gets_a_private_file_by_its_hash(shared: HubServer, client: Clien
         shared,
         'api.upload_file(path_or_fileobj=b"secret" * 100, path_in_repo="w.bin", repo_id="alice/private")',
     )
-    script = """
-    import hashlib
-    from huggingface_hub.utils import build_hf_headers, get_session
+    client(shared, 'api.create_repo("bob/thief")', token="hf_bob")
     content = b"secret" * 100
-    api.create_repo("bob/thief")
-    lines = [{"key": "header", "value": {"summary": "mine"}},
-             {"key": "lfsFile", "value": {"path": "w.bin", "algo": "sha256", "oid": hashlib.sha256(content).hexdigest(), "size": len(content)}}]
-    response = get_session().post(f"{os.environ['HF_ENDPOINT']}/api/models/bob/thief/commit/main", headers=build_hf_headers(),
-                                  content="\\n".join(map(json.dumps, lines)).encode()) if hasattr(get_session(), "build_request") else \\
-               get_session().post(f"{os.environ['HF_ENDPOINT']}/api/models/bob/thief/commit/main", headers=build_hf_headers(),
-                                  data="\\n".join(map(json.dumps, lines)).encode())
-    answer = [response.status_code, api.list_repo_files("bob/thief")]
-    """
-    assert client(shared, script, token="hf_bob") == [400, [".gitattributes"]]
+    stolen = {"path": "w.bin", "algo": "sha256", "oid": hashlib.sha256(content).hexdigest(), "size": len(content)}
+    lines = [{"key": "header", "value": {"summary": "mine"}}, {"key": "lfsFile", "value": stolen}]
+    request = urllib.request.Request(
+        f"{shared.url}/api/models/bob/thief/commit/main",
+        data="\n".join(map(json.dumps, lines)).encode(),
+        headers={"Authorization": "Bearer hf_bob"},
+    )
+    with pytest.raises(urllib.error.HTTPError, match="400"):
+        urllib.request.urlopen(request)
+    assert client(shared, 'answer = api.list_repo_files("bob/thief")', token="hf_bob") == [".gitattributes"]
 
 
 # Accounts by themselves

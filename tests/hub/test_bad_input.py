@@ -13,9 +13,9 @@ from typing import Any
 from urllib.parse import quote, urlsplit
 
 import pytest
-from harness.hub.fsck import fsck
 
 from harness.hub import HubServer, Sizes
+from harness.hub.fsck import fsck
 
 ALICE = {"Authorization": "Bearer hf_alice"}
 
@@ -100,11 +100,14 @@ def head(ask: Ask) -> str:
             "not base64",
         ),
         (
-            lines({"key": "header", "value": {"summary": "s"}}, {"key": "lfsFile", "value": {"path": "a", "algo": "md5", "oid": "x"}}),
+            lines(
+                {"key": "header", "value": {"summary": "s"}},
+                {"key": "lfsFile", "value": {"path": "a", "algo": "md5", "oid": "x"}},
+            ),
             "sha256",
         ),
     ],
-)  # fmt: skip
+)
 def test_a_malformed_commit_is_refused_and_changes_nothing(body: bytes, said: str, ask: Ask, model: str) -> None:
     before = head(ask)
     status, headers, answer = ask("POST", f"{model}/commit/main", body)
@@ -115,10 +118,24 @@ def test_a_malformed_commit_is_refused_and_changes_nothing(body: bytes, said: st
 @pytest.mark.parametrize(
     "path",
     [
-        "", "/", "/etc/passwd", "..", "../x", "a/../../x", "a/./b", "a//b", ".git/config", "a/.git/x", "a\0b", "a\nb",
-        "x" * 5000, "/".join("x" * 200 for _ in range(30)), "a/", "\ud800",
+        "",
+        "/",
+        "/etc/passwd",
+        "..",
+        "../x",
+        "a/../../x",
+        "a/./b",
+        "a//b",
+        ".git/config",
+        "a/.git/x",
+        "a\0b",
+        "a\nb",
+        "x" * 5000,
+        "/".join("x" * 200 for _ in range(30)),
+        "a/",
+        "\ud800",
     ],
-)  # fmt: skip
+)
 def test_a_path_that_could_lead_elsewhere_is_refused(path: str, ask: Ask, model: str, hub: HubServer) -> None:
     before = head(ask)
     sha256 = hashlib.sha256(b"there").hexdigest()
@@ -132,12 +149,17 @@ def test_a_path_that_could_lead_elsewhere_is_refused(path: str, ask: Ask, model:
 @pytest.mark.parametrize(
     "target",
     [
-        "/alice/model/resolve/main/..%2f..%2f..%2fsecret", "/alice/model/resolve/main/%2e%2e/%2e%2e/secret",
-        "/alice/model/resolve/main/%00", "/alice/model/resolve/..%2f..%2fmain/there.txt", "/alice/model/resolve/main//secret",
-        "/alice/model/resolve/main/%2fetc%2fpasswd", "/alice/..%2f..%2fsecret/resolve/main/there.txt",
-        "/alice/model/resolve/main/there.txt/more", "/alice/model/resolve/main/there.txt%0d%0aX-Evil:1",
+        "/alice/model/resolve/main/..%2f..%2f..%2fsecret",
+        "/alice/model/resolve/main/%2e%2e/%2e%2e/secret",
+        "/alice/model/resolve/main/%00",
+        "/alice/model/resolve/..%2f..%2fmain/there.txt",
+        "/alice/model/resolve/main//secret",
+        "/alice/model/resolve/main/%2fetc%2fpasswd",
+        "/alice/..%2f..%2fsecret/resolve/main/there.txt",
+        "/alice/model/resolve/main/there.txt/more",
+        "/alice/model/resolve/main/there.txt%0d%0aX-Evil:1",
     ],
-)  # fmt: skip
+)
 def test_no_address_leads_out_of_a_repository(target: str, ask: Ask, model: str, hub: HubServer) -> None:
     status, headers, answer = ask("GET", target)
     assert status in (400, 404)
@@ -146,9 +168,21 @@ def test_no_address_leads_out_of_a_repository(target: str, ask: Ask, model: str,
 
 
 UNPLEASANT = [
-    "with space.txt", "ünïcödé/日本語.txt", "a#b?c%d&e+f.txt", "quote'\"`.txt", "-leading", ".hidden", "a;b,c=d.txt",
-    "emoji 🙂", "%2e%2e", "%00", "CON", "trailing.", "tab-is-not-here", "x" * 200,
-]  # fmt: skip
+    "with space.txt",
+    "ünïcödé/日本語.txt",
+    "a#b?c%d&e+f.txt",
+    "quote'\"`.txt",
+    "-leading",
+    ".hidden",
+    "a;b,c=d.txt",
+    "emoji 🙂",
+    "%2e%2e",
+    "%00",
+    "CON",
+    "trailing.",
+    "tab-is-not-here",
+    "x" * 200,
+]
 
 
 def test_unpleasant_names_are_kept_to_the_letter(ask: Ask, model: str) -> None:
@@ -258,10 +292,16 @@ def test_an_upload_address_cannot_be_made_up(ask: Ask, model: str, hub: HubServe
 @pytest.mark.parametrize(
     "change",
     [
-        {"objects": None}, {"objects": "many"}, {"objects": [3]}, {"objects": [{"oid": "x"}]}, {"operation": "download"},
-        {"transfers": ["xet"]}, {"objects": [{"oid": "a" * 64, "size": "1"}]}, {"objects": [{"oid": "a" * 64, "size": 1}] * 1001},
+        {"objects": None},
+        {"objects": "many"},
+        {"objects": [3]},
+        {"objects": [{"oid": "x"}]},
+        {"operation": "download"},
+        {"transfers": ["xet"]},
+        {"objects": [{"oid": "a" * 64, "size": "1"}]},
+        {"objects": [{"oid": "a" * 64, "size": 1}] * 1001},
     ],
-)  # fmt: skip
+)
 def test_a_malformed_batch_is_refused(change: dict[str, Any], ask: Ask, model: str) -> None:
     body = {"operation": "upload", "transfers": ["basic"], "objects": [{"oid": "a" * 64, "size": 1}]} | change
     assert ask("POST", "/alice/model.git/info/lfs/objects/batch", body)[0] == 400
@@ -315,29 +355,43 @@ def test_parts_that_were_not_sent_do_not_complete_an_upload(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("method", "target", "body", "expected"),
     [
-        ("POST", "/api/repos/create", {"name": "a/b"}, 400), ("POST", "/api/repos/create", {"name": ".."}, 400),
-        ("POST", "/api/repos/create", {"name": "x" * 97}, 400), ("POST", "/api/repos/create", {"name": ""}, 400),
-        ("POST", "/api/repos/create", {}, 400), ("POST", "/api/repos/create", {"name": 3}, 400),
-        ("POST", "/api/repos/create", {"name": "a", "type": "house"}, 400), ("POST", "/api/repos/create", b"{", 400),
+        ("POST", "/api/repos/create", {"name": "a/b"}, 400),
+        ("POST", "/api/repos/create", {"name": ".."}, 400),
+        ("POST", "/api/repos/create", {"name": "x" * 97}, 400),
+        ("POST", "/api/repos/create", {"name": ""}, 400),
+        ("POST", "/api/repos/create", {}, 400),
+        ("POST", "/api/repos/create", {"name": 3}, 400),
+        ("POST", "/api/repos/create", {"name": "a", "type": "house"}, 400),
+        ("POST", "/api/repos/create", b"{", 400),
         ("POST", "/api/repos/create", {"name": "a", "visibility": "secret"}, 400),
         ("POST", "/api/repos/create", {"name": "a", "organization": "strangers"}, 403),
-        ("POST", "/api/repos/create", b"{" + b" " * (5 << 20) + b"}", 413), ("GET", "/api/repos/create", None, 405),
-        ("PUT", "/api/models/alice/model/settings", {}, 400), ("PUT", "/api/models/alice/model/settings", {"gated": "maybe"}, 400),
+        ("POST", "/api/repos/create", b"{" + b" " * (5 << 20) + b"}", 413),
+        ("GET", "/api/repos/create", None, 405),
+        ("PUT", "/api/models/alice/model/settings", {}, 400),
+        ("PUT", "/api/models/alice/model/settings", {"gated": "maybe"}, 400),
         ("POST", "/api/repos/move", {"fromRepo": "alice/model", "toRepo": "nowhere"}, 400),
         ("POST", "/api/repos/move", {"fromRepo": "alice/model", "toRepo": "bob/model"}, 403),
         ("POST", "/api/repos/move", {"fromRepo": "alice/model", "toRepo": "alice/.."}, 400),
-        ("GET", "/api/models/alice/model/tree/main?limit=0", None, 400), ("GET", "/api/models/alice/model/tree/main?limit=x", None, 400),
-        ("GET", "/api/models?limit=-1", None, 400), ("GET", "/api/models/alice/model/commits/main?p=x", None, 400),
+        ("GET", "/api/models/alice/model/tree/main?limit=0", None, 400),
+        ("GET", "/api/models/alice/model/tree/main?limit=x", None, 400),
+        ("GET", "/api/models?limit=-1", None, 400),
+        ("GET", "/api/models/alice/model/commits/main?p=x", None, 400),
         ("POST", "/api/models/alice/model/paths-info/main", b"\xff\xff", 400),
         ("POST", "/api/models/alice/model/preupload/main", {"files": [{"path": "a", "size": 1}] * 257}, 400),
         ("POST", "/api/models/alice/model/preupload/main", {"files": [{"path": "a", "size": 1, "sample": "%"}]}, 400),
         ("POST", "/api/models/alice/model/preupload/main", {"files": ["a"]}, 400),
-        ("PATCH", "/api/models/alice/model", None, 405), ("DELETE", "/alice/model/resolve/main/there.txt", None, 405),
-        ("GET", "/api/nothing", None, 404), ("GET", "/", None, 404), ("GET", "/api/models/alice/model/nothing", None, 404),
-        ("GET", "/api/agent-harnesses", None, 404), ("GET", "/__hub__/faults", None, 404), ("HEAD", "/api/telemetry/x", None, 200),
-        ("GET", "/__lfs__/x", None, 404), ("POST", "/api/models/alice/model/discussions", {"title": "t"}, 501),
+        ("PATCH", "/api/models/alice/model", None, 405),
+        ("DELETE", "/alice/model/resolve/main/there.txt", None, 405),
+        ("GET", "/api/nothing", None, 404),
+        ("GET", "/", None, 404),
+        ("GET", "/api/models/alice/model/nothing", None, 404),
+        ("GET", "/api/agent-harnesses", None, 404),
+        ("GET", "/__hub__/faults", None, 404),
+        ("HEAD", "/api/telemetry/x", None, 200),
+        ("GET", "/__lfs__/x", None, 404),
+        ("POST", "/api/models/alice/model/discussions", {"title": "t"}, 501),
     ],
-)  # fmt: skip
+)
 def test_every_endpoint_says_what_it_cannot_take(
     method: str, target: str, body: Any, expected: int, ask: Ask, model: str
 ) -> None:
@@ -366,10 +420,17 @@ def test_a_range_gives_exactly_the_bytes_asked_for(ask: Ask, model: str) -> None
     content = bytes(range(256)) * 4
     commit(ask, file("r", content))
     for header, status, expected in (
-        ("bytes=0-9", 206, content[:10]), ("bytes=1000-", 206, content[1000:]), ("bytes=-24", 206, content[-24:]),
-        ("bytes=0-99999", 206, content), ("bytes=1023-1023", 206, content[1023:]), ("bytes=5-2", 200, content),
-        ("bytes=0-1,5-6", 200, content), ("lines=1-2", 200, content), ("bytes=-", 200, content), ("bytes=x-y", 200, content),
-    ):  # fmt: skip
+        ("bytes=0-9", 206, content[:10]),
+        ("bytes=1000-", 206, content[1000:]),
+        ("bytes=-24", 206, content[-24:]),
+        ("bytes=0-99999", 206, content),
+        ("bytes=1023-1023", 206, content[1023:]),
+        ("bytes=5-2", 200, content),
+        ("bytes=0-1,5-6", 200, content),
+        ("lines=1-2", 200, content),
+        ("bytes=-", 200, content),
+        ("bytes=x-y", 200, content),
+    ):
         answered, headers, body = ask("GET", "/alice/model/resolve/main/r", Range=header)
         assert (answered, body) == (status, expected), header
         assert int(headers["content-length"]) == len(expected)

@@ -22,17 +22,38 @@ def test_a_file_comes_back_as_it_was_sent_whether_git_or_lfs_keeps_it(hub: HubSe
         hub,
         """
         api.create_repo("alice/model")
-        content = {"README.md": b"# Model", "weights.safetensors": os.urandom(100_000), "empty.bin": b"", "a/b/c.txt": b"x" * 50,
-                   "zero.dat": b"text" + bytes(10)}
-        commits = [api.upload_file(path_or_fileobj=data, path_in_repo=name, repo_id="alice/model").oid for name, data in content.items()]
+        content = {
+            "README.md": b"# Model",
+            "weights.safetensors": os.urandom(100_000),
+            "empty.bin": b"",
+            "a/b/c.txt": b"x" * 50,
+            "zero.dat": b"text" + bytes(10),
+        }
+        commits = [
+            api.upload_file(path_or_fileobj=data, path_in_repo=name, repo_id="alice/model").oid
+            for name, data in content.items()
+        ]
         back = {name: pathlib.Path(hf_hub_download("alice/model", name)).read_bytes() for name in content}
-        tree = {entry.path: [entry.blob_id, entry.lfs and entry.lfs.sha256] for entry in api.list_repo_tree("alice/model", recursive=True) if hasattr(entry, "blob_id")}
-        folders = [entry.path for entry in api.list_repo_tree("alice/model", recursive=True) if not hasattr(entry, "blob_id")]
+        tree = {
+            entry.path: [entry.blob_id, entry.lfs and entry.lfs.sha256]
+            for entry in api.list_repo_tree("alice/model", recursive=True)
+            if hasattr(entry, "blob_id")
+        }
+        folders = [
+            entry.path
+            for entry in api.list_repo_tree("alice/model", recursive=True)
+            if not hasattr(entry, "blob_id")
+        ]
         info = api.model_info("alice/model", files_metadata=True)
         answer = {
-            "same": [back[name] == data for name, data in content.items()], "tree": tree, "folders": folders,
-            "files": sorted(api.list_repo_files("alice/model")), "sha": info.sha, "last": commits[-1],
-            "sizes": {s.rfilename: s.size for s in info.siblings}, "history": [c.title for c in api.list_repo_commits("alice/model")],
+            "same": [back[name] == data for name, data in content.items()],
+            "tree": tree,
+            "folders": folders,
+            "files": sorted(api.list_repo_files("alice/model")),
+            "sha": info.sha,
+            "last": commits[-1],
+            "sizes": {s.rfilename: s.size for s in info.siblings},
+            "history": [c.title for c in api.list_repo_commits("alice/model")],
         }
         """,
     )
@@ -61,10 +82,17 @@ def test_one_commit_adds_copies_and_deletes(hub: HubServer, client: Client) -> N
         operations = [CommitOperationAdd(f"folder/{n}.txt", f"{n}".encode()) for n in range(5)]
         operations.append(CommitOperationAdd("big.bin", b"0" * 1000))
         first = api.create_commit("alice/model", operations, commit_message="all", commit_description="at once")
-        api.create_commit("alice/model", [
-            CommitOperationCopy("big.bin", "copy/big.bin"), CommitOperationCopy("folder/1.txt", "one.txt"),
-            CommitOperationDelete("folder/0.txt"), CommitOperationAdd("folder/1.txt", b"changed"),
-        ], commit_message="second", parent_commit=first.oid)
+        api.create_commit(
+            "alice/model",
+            [
+                CommitOperationCopy("big.bin", "copy/big.bin"),
+                CommitOperationCopy("folder/1.txt", "one.txt"),
+                CommitOperationDelete("folder/0.txt"),
+                CommitOperationAdd("folder/1.txt", b"changed"),
+            ],
+            commit_message="second",
+            parent_commit=first.oid,
+        )
         api.delete_folder("copy", "alice/model")
         api.delete_file("one.txt", "alice/model")
         answer = {
@@ -72,7 +100,11 @@ def test_one_commit_adds_copies_and_deletes(hub: HubServer, client: Client) -> N
             "first": sorted(api.list_repo_files("alice/model", revision=first.oid)),
             "changed": pathlib.Path(hf_hub_download("alice/model", "folder/1.txt")).read_text(),
             "before": pathlib.Path(hf_hub_download("alice/model", "folder/1.txt", revision=first.oid)).read_text(),
-            "stale": tried(lambda: api.create_commit("alice/model", [CommitOperationAdd("x", b"x")], commit_message="x", parent_commit=first.oid)),
+            "stale": tried(
+                lambda: api.create_commit(
+                    "alice/model", [CommitOperationAdd("x", b"x")], commit_message="x", parent_commit=first.oid
+                )
+            ),
             "history": [[c.title, c.message, c.authors] for c in api.list_repo_commits("alice/model")],
             "absent": tried(lambda: api.delete_file("nowhere.txt", "alice/model")),
         }
@@ -148,10 +180,18 @@ def test_branches_tags_and_pull_requests_lead_to_their_commits(hub: HubServer, c
         hub,
         """
         api.create_repo("alice/model")
+
+
         def put(text, **options):
-            return api.upload_file(path_or_fileobj=text.encode(), path_in_repo="f", repo_id="alice/model", **options)
+            return api.upload_file(
+                path_or_fileobj=text.encode(), path_in_repo="f", repo_id="alice/model", **options
+            )
+
+
         def get(revision):
             return pathlib.Path(hf_hub_download("alice/model", "f", revision=revision)).read_text()
+
+
         one = put("one").oid
         api.create_tag("alice/model", tag="v1")
         api.create_branch("alice/model", branch="feat/x")
@@ -164,10 +204,18 @@ def test_branches_tags_and_pull_requests_lead_to_their_commits(hub: HubServer, c
         put("late", revision=empty.git_reference)
         refs = api.list_repo_refs("alice/model", include_pull_requests=True)
         answer = {
-            "texts": {r: get(r) for r in ["main", "v1", "v0", "feat/x", one, one[:8], "refs/heads/main", "refs/pr/1", "refs/pr/2"]},
+            "texts": {
+                r: get(r)
+                for r in ["main", "v1", "v0", "feat/x", one, one[:8], "refs/heads/main", "refs/pr/1", "refs/pr/2"]
+            },
             "refs": sorted(r.ref for r in [*refs.branches, *refs.tags, *refs.pull_requests]),
-            "again": [tried(lambda: api.create_tag("alice/model", tag="v1")), tried(lambda: api.create_branch("alice/model", branch="feat/x"))],
-            "number": request.pr_num, "target": {r.name: r.target_commit for r in refs.tags}, "one": one,
+            "again": [
+                tried(lambda: api.create_tag("alice/model", tag="v1")),
+                tried(lambda: api.create_branch("alice/model", branch="feat/x")),
+            ],
+            "number": request.pr_num,
+            "target": {r.name: r.target_commit for r in refs.tags},
+            "one": one,
             "discussions": [d.num for d in api.get_repo_discussions("alice/model")],
         }
         api.delete_tag("alice/model", tag="v1")
@@ -177,12 +225,24 @@ def test_branches_tags_and_pull_requests_lead_to_their_commits(hub: HubServer, c
         """,
     )
     assert answer["texts"] == {
-        "main": "two", "v1": "one", "v0": "one", "feat/x": "branch", answer["one"]: "one", answer["one"][:8]: "one",
-        "refs/heads/main": "two", "refs/pr/1": "request again", "refs/pr/2": "late",
-    }  # fmt: skip
+        "main": "two",
+        "v1": "one",
+        "v0": "one",
+        "feat/x": "branch",
+        answer["one"]: "one",
+        answer["one"][:8]: "one",
+        "refs/heads/main": "two",
+        "refs/pr/1": "request again",
+        "refs/pr/2": "late",
+    }
     assert answer["refs"] == [
-        "refs/heads/feat/x", "refs/heads/main", "refs/pr/1", "refs/pr/2", "refs/tags/v0", "refs/tags/v1",
-    ]  # fmt: skip
+        "refs/heads/feat/x",
+        "refs/heads/main",
+        "refs/pr/1",
+        "refs/pr/2",
+        "refs/tags/v0",
+        "refs/tags/v1",
+    ]
     assert answer["again"] == ["HfHubHTTPError 409"] * 2
     assert answer["target"]["v0"] == answer["one"]
     assert sorted(answer["discussions"]) == [1, 2]
@@ -203,17 +263,34 @@ def test_repositories_are_listed_moved_and_deleted(hub: HubServer, client: Clien
         api.create_repo("alice/data", repo_type="dataset")
         api.upload_file(path_or_fileobj=b"1,2", path_in_repo="t.csv", repo_id="alice/data", repo_type="dataset")
         answer = {
-            "url": [url, url.repo_id, again], "conflict": conflict,
-            "through the old name": [pathlib.Path(hf_hub_download("alice/old", "f")).read_text(), api.model_info("alice/old").id],
-            "written through it": tried(lambda: api.upload_file(path_or_fileobj=b"more", path_in_repo="g", repo_id="alice/old")),
+            "url": [url, url.repo_id, again],
+            "conflict": conflict,
+            "through the old name": [
+                pathlib.Path(hf_hub_download("alice/old", "f")).read_text(),
+                api.model_info("alice/old").id,
+            ],
+            "written through it": tried(
+                lambda: api.upload_file(path_or_fileobj=b"more", path_in_repo="g", repo_id="alice/old")
+            ),
             "files": sorted(api.list_repo_files("alice/new")),
-            "models": [m.id for m in api.list_models(author="alice")], "search": [m.id for m in api.list_models(search="ne")],
+            "models": [m.id for m in api.list_models(author="alice")],
+            "search": [m.id for m in api.list_models(search="ne")],
             "datasets": [d.id for d in api.list_datasets(author="alice")],
             "row": pathlib.Path(hf_hub_download("alice/data", "t.csv", repo_type="dataset")).read_text(),
-            "exists": [api.repo_exists("alice/new"), api.repo_exists("alice/data"), api.file_exists("alice/new", "f"), api.file_exists("alice/new", "nope"), api.revision_exists("alice/new", "nope")],
+            "exists": [
+                api.repo_exists("alice/new"),
+                api.repo_exists("alice/data"),
+                api.file_exists("alice/new", "f"),
+                api.file_exists("alice/new", "nope"),
+                api.revision_exists("alice/new", "nope"),
+            ],
         }
         api.delete_repo("alice/new")
-        answer["gone"] = [tried(lambda: api.model_info("alice/new")), tried(lambda: api.delete_repo("alice/new")), api.delete_repo("alice/new", missing_ok=True)]
+        answer["gone"] = [
+            tried(lambda: api.model_info("alice/new")),
+            tried(lambda: api.delete_repo("alice/new")),
+            api.delete_repo("alice/new", missing_ok=True),
+        ]
         """,
     )
     assert answer["url"] == [f"{hub.url}/alice/old", "alice/old", f"{hub.url}/alice/old"]
@@ -239,8 +316,11 @@ def test_a_listing_longer_than_a_page_is_complete_and_in_order(hub: HubServer, c
             api.create_commit("alice/model", [CommitOperationAdd("f", b"%d" % n)], commit_message=f"{n}")
         some = api.get_paths_info("alice/model", ["d1/0001.txt", "d2", "nope"])
         answer = {
-            "count": len(tree), "sorted": tree == sorted(tree), "flat": [e.path for e in api.list_repo_tree("alice/model", "d3")][:2],
-            "history": [c.title for c in api.list_repo_commits("alice/model")][:120], "some": [e.path for e in some],
+            "count": len(tree),
+            "sorted": tree == sorted(tree),
+            "flat": [e.path for e in api.list_repo_tree("alice/model", "d3")][:2],
+            "history": [c.title for c in api.list_repo_commits("alice/model")][:120],
+            "some": [e.path for e in some],
             "unknown folder": tried(lambda: list(api.list_repo_tree("alice/model", "nope"))),
             "models": 0,
         }
@@ -264,6 +344,7 @@ def test_a_large_file_goes_up_in_parts_and_down_again_from_where_it_broke_off(tm
             hub,
             """
             import hashlib
+
             api.create_repo("alice/model")
             data = os.urandom(1_500_000)
             api.upload_file(path_or_fileobj=data, path_in_repo="w.bin", repo_id="alice/model")
@@ -282,7 +363,9 @@ def test_content_that_is_there_is_not_sent_again_but_by_another_repository(hub: 
         """
         for name in ("alice/one", "alice/one", "alice/two"):
             api.create_repo(name, exist_ok=True)
-            api.upload_file(path_or_fileobj=b"0" * 5000, path_in_repo=f"{len(api.list_repo_commits(name))}.bin", repo_id=name)
+            api.upload_file(
+                path_or_fileobj=b"0" * 5000, path_in_repo=f"{len(api.list_repo_commits(name))}.bin", repo_id=name
+            )
         """,
     )
     assert [entry.method for entry in hub.journal.entries()].count("PUT") == 2
@@ -293,9 +376,15 @@ def test_a_client_that_insists_on_xet_is_told_which_variable_to_set(hub: HubServ
         hub,
         """
         from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+
         api.create_repo("alice/model")
         try:
-            hf_raise_for_status(get_session().get(f"{os.environ['HF_ENDPOINT']}/api/models/alice/model/xet-write-token/main", headers=build_hf_headers()))
+            hf_raise_for_status(
+                get_session().get(
+                    f"{os.environ['HF_ENDPOINT']}/api/models/alice/model/xet-write-token/main",
+                    headers=build_hf_headers(),
+                )
+            )
         except Exception as error:
             answer = str(error)
         """,
@@ -306,7 +395,10 @@ def test_a_client_that_insists_on_xet_is_told_which_variable_to_set(hub: HubServ
 def test_what_was_pushed_is_there_after_a_restart_on_the_same_port(hub: HubServer, client: Client) -> None:
     client(
         hub,
-        'api.create_repo("alice/model"); api.upload_file(path_or_fileobj=b"kept", path_in_repo="f", repo_id="alice/model")',
+        """
+        api.create_repo("alice/model")
+        api.upload_file(path_or_fileobj=b"kept", path_in_repo="f", repo_id="alice/model")
+        """,
     )
     url = hub.url
     hub.stop()

@@ -72,9 +72,9 @@ def test_hf_creates_uploads_downloads_lists_and_deletes(serve: Callable[..., Any
     assert (tmp_path / "back" / "model.safetensors").read_bytes() == b"0" * 5000
     assert "alice" in hf(variables, "auth", "whoami")
     if is_new:
-        assert "alice/model" in hf(variables, "models", "ls", "--author", "alice")
-        assert "alice/model" in hf(variables, "repos", "ls")
-        hf(variables, "repos", "delete", "alice/model")
+        assert "alice/model" in hf(variables, "models", "ls", "--author", "alice", "--quiet")
+        assert "alice/model" in hf(variables, "repos", "ls", "--quiet")
+        hf(variables, "repos", "delete", "alice/model", "--yes")
     else:
         hf(variables, "repo", "delete", "alice/model")
     with pytest.raises(urllib.request.HTTPError, match="401"):
@@ -110,7 +110,7 @@ def test_it_stops_cleanly_and_what_was_there_is_there_again(
         (["--organisation", "team:nobody"], "no user 'nobody'"),
         (["--host", "0.0.0.0"], "0.0.0.0 is not a loopback address"),
         (["--host", "nowhere.invalid"], "not a loopback address"),
-        (["--port", "70000"], "port"),
+        (["--port", "70000"], "--port 70000: a port is"),
     ],
 )
 def test_what_cannot_be_served_is_one_line_and_exit_2(options: list[str], said: str, tmp_path: Path) -> None:
@@ -140,7 +140,7 @@ def test_fsck_says_what_is_wrong_and_where(serve: Callable[..., Any], tmp_path: 
         f"{url}/api/repos/create", data=body, headers={"Authorization": "Bearer hf_alice"}, method="POST"
     )
     urllib.request.urlopen(request).close()
-    fsck = [*PARITY, "fsck", "--root", str(root)]
+    fsck = [*PARITY, "fsck", str(root)]
     process.terminate()
     process.wait()
     sound = subprocess.run(fsck, capture_output=True, text=True)
@@ -154,6 +154,10 @@ def test_fsck_says_what_is_wrong_and_where(serve: Callable[..., Any], tmp_path: 
     broken = subprocess.run(fsck, capture_output=True, text=True)
     assert broken.returncode == 1
     assert blob.name[:12] in broken.stdout and "refs/heads/main" in broken.stdout
+    for same in (["--root", str(root), "fsck"], ["fsck", "--root", str(root)]):
+        assert subprocess.run([*PARITY, *same], capture_output=True, text=True).stdout == broken.stdout
+    nothing = subprocess.run([*PARITY, "fsck"], capture_output=True, text=True)
+    assert (nothing.returncode, "fsck needs the root" in nothing.stderr) == (2, True)
     missing = subprocess.run([*PARITY, "fsck", "--root", str(tmp_path / "none")], capture_output=True, text=True)
     assert (missing.returncode, missing.stderr) == (2, f"parity: there is no directory {tmp_path / 'none'}\n")
 
@@ -170,11 +174,12 @@ def test_faults_and_the_journal_are_there_only_when_asked_for(serve: Callable[..
     _, url, _ = serve(root=tmp_path / "without")
     assert ask("GET", f"{url}/__hub__/faults")[0] == ask("GET", f"{url}/__hub__/journal")[0] == 404
     _, url, _ = serve("--faults")
-    fault = {"match": "^GET /api/models", "status": 418, "times": 1}
+    fault = {"match": "^GET /api/models", "status": 418, "content": {"error": "tea"}, "times": 1}
     status, answer = ask("POST", f"{url}/__hub__/faults", {"faults": [fault, {"match": "x", "nonsense": 1}]})
     assert status == 400 and "nonsense" in answer["error"]
     assert ask("GET", f"{url}/__hub__/faults") == (200, {"faults": []})
     assert ask("POST", f"{url}/__hub__/faults", {"faults": [fault]})[1]["faults"] == [fault]
+    assert ask("PUT", f"{url}/__hub__/faults", {"faults": [fault]})[1]["faults"] == [fault]
     assert [ask("GET", f"{url}/api/models")[0] for _ in range(2)] == [418, 200]
     seen = ask("GET", f"{url}/__hub__/journal")[1]["requests"]
     assert [(entry["target"], entry["status"]) for entry in seen] == [("/api/models", 418), ("/api/models", 200)]

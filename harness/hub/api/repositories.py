@@ -168,6 +168,8 @@ def ask_access(call: RepositoryCall) -> Response:
 def access_requests(call: RepositoryCall) -> Response:
     """The requests of a status."""
     status = _status(call.rest[0])
+    if not call.repository.gated:
+        raise Refusal(kind="bad_request", message=f"{call.repository.id} is not gated")
     requests = call.hub.accounts.access_requests(call.repository, status)
     return json_response(
         [
