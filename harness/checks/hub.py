@@ -29,6 +29,7 @@ from harness.routes.hub import (
     pull,
     push,
     push_on,
+    refused_to,
     served,
     tokenizer_by_name,
     tokenizer_of,
@@ -173,7 +174,7 @@ def pinned_code(trial: Trial, case: Case) -> dict[str, float]:
 
 
 def private(trial: Trial, case: Case) -> dict[str, float]:
-    """push_to_hub(private=True) makes a private repository, and who is given its token as `token=` can load it.
+    """What push_to_hub(private=True) makes loads with `token=`, and for nobody without one.
 
     Would have caught: options of push_to_hub that are dropped, so that the weights are public; from_pretrained that
     does not pass `token` on.
@@ -181,9 +182,9 @@ def private(trial: Trial, case: Case) -> dict[str, float]:
     saved = _saved(trial, case)
     with served(trial) as hub:
         push(trial, model_of(trial, saved.directory, private=True, token=AUTHOR.token), token=None)
-        if not _repository(hub).private:
+        answer = pull(trial, _tokens(trial, case), refused_to("a stranger"), by_name(NAME, token=AUTHOR.token))
+        if "refused" not in answer.values["a stranger"] or not _repository(hub).private:
             raise Mismatch("push_to_hub(private=True) makes a public repository; a port hands its options on")
-        answer = pull(trial, _tokens(trial, case), by_name(NAME, token=AUTHOR.token))
     return _same(trial, answer, {NAME: saved.logits})
 
 

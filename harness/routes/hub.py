@@ -32,7 +32,7 @@ def logits(trial: Trial, case: Case, original: torch.nn.Module, tokens: torch.Te
     """The port's logits for token ids (rows, tokens), as a process computes them that knows the port by its name."""
     with served(trial):
         push(trial, model_of(trial, directory(trial, case, original)))
-        return logits_of(pull(trial, tokens, by_name("model")), "model.output.")
+        return logits_of(pull(trial, tokens, by_name(NAME)), f"{NAME}.output.")
 
 
 @contextlib.contextmanager
@@ -62,6 +62,11 @@ def by_name(name: str, *, source: str = NAME, own_generation: bool = False, **op
     own_generation: with a generation configuration, so that transformers looks for no file about generation.
     """
     return {"name": name, "kind": "model", "source": source, "load": options, "own_generation": own_generation}
+
+
+def refused_to(name: str, *, source: str = NAME) -> Step:
+    """The step of somebody who asks for a repository without a token and has to be refused."""
+    return {**by_name(name, source=source, token=False), "refused": True}
 
 
 def tokenizer_of(saved: Path, *, to: str = NAME) -> Step:

@@ -50,9 +50,6 @@ IN_WORDS = {
 }
 """What a failure calls a job."""
 
-CLIENT_SECONDS = "5"
-"""How long the Hub's client waits for a word of a Hub on this machine."""
-
 START_SECONDS = 180.0
 GRACE_SECONDS = 20.0
 ANSWER_BYTES = 16 << 20
@@ -345,8 +342,6 @@ def environment(scratch: Path, user: Mapping[str, str], endpoint: str | None = N
         hub = {
             "HF_ENDPOINT": endpoint,
             "NO_PROXY": "127.0.0.1",
-            "HF_HUB_ETAG_TIMEOUT": CLIENT_SECONDS,
-            "HF_HUB_DOWNLOAD_TIMEOUT": CLIENT_SECONDS,
             "DISABLE_SAFETENSORS_CONVERSION": "true",  # it would look for a service elsewhere
         }
     return (

@@ -76,9 +76,9 @@ def pull(request: Mapping[str, Any], tensors: Tensors) -> tuple[Values, Tensors]
 
     Request: `token`, `steps`, `tied` and what `load` takes. Each step has a `name`, `kind` (model or tokenizer),
     `source`, `load` (further keywords of from_pretrained), and `text` for a tokenizer; with `own_generation` a model is
-    given a generation configuration, so that none is looked for. Answer, under each name: what `load_and_run` says of a
-    model, with `code` (the files of the classes and functions that the file of its class uses); the `ids` of a
-    tokenizer; tensors `<name>.output.*`.
+    given a generation configuration, so that none is looked for; one that is `refused` may be. Answer, under each name:
+    what `load_and_run` says of a model, with `code` (the files of the classes and functions that the file of its class
+    uses), or why it was `refused`; the `ids` of a tokenizer; tensors `<name>.output.*`.
     """
     from transformers import GenerationConfig
 
@@ -94,7 +94,13 @@ def pull(request: Mapping[str, Any], tensors: Tensors) -> tuple[Values, Tensors]
                 continue
             if step.get("own_generation"):
                 options = {**options, "generation_config": GenerationConfig()}
-            models[name], loading = load(step["source"], {**request, "load": options})
+            try:
+                models[name], loading = load(step["source"], {**request, "load": options})
+            except OSError as error:
+                if not step.get("refused"):
+                    raise
+                values[name] = {"refused": str(error)}
+                continue
             values[name] = {"loading": loading, **describe_model(models[name], request.get("tied", ()))}
     answer: Tensors = {}
     # All are loaded before any runs: a load must not change what another one gave.
