@@ -43,6 +43,22 @@ ADVICE: tuple[tuple[str, str], ...] = (
         "a tensor is made from data in __init__; a port registers it as a buffer and fills it in _init_weights",
     ),
     (
+        r"while pushing .*\b401\b",
+        "a push_to_hub of the port's own hands its options on, token= among them",
+    ),
+    (
+        r"while loading the model .*(not a valid model identifier|gated repo)",
+        "a from_pretrained of the port's own hands token= on, and asks the Hub with it for whatever else it wants",
+    ),
+    (
+        r"while loading the model .*(does not appear to have a file named model\.safetensors|safetensors-convert)",
+        "a port leaves it to the library which files hold weights: use_safetensors=True rules pytorch_model.bin out",
+    ),
+    (
+        r"while loading the model .*(Connection refused|Max retries exceeded|offline mode|no network)",
+        "what was loaded once is in the client's cache; a port asks the Hub for nothing more, and takes a name offline",
+    ),
+    (
         r"Some tensors share memory",
         "two parameters are one tensor and no _tied_weights_keys says so; a port names them there",
     ),

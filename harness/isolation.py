@@ -26,13 +26,13 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from harness import families, processes
-from harness.checks import in_fresh_process
+from harness.checks import fresh_processes
 from harness.errors import DescriptionError, NotHere, OutOfTime, ParityError
 from harness.guards import refuse_trespass, torch_kept
 from harness.ports import Port, places_of_code
@@ -43,6 +43,10 @@ from harness.sandbox import jobs, last_line, read_bounded, signal_name
 if TYPE_CHECKING:
     from harness.cases import Case
     from harness.runner import Item, Options, Session
+    from harness.sandbox import Sandbox
+
+SANDBOXES = ("sandbox", "hub")
+"""Fields of a Session: servers of fresh processes, see `harness.checks.fresh_processes`."""
 
 CASE = "case.json"
 ANSWER_BYTES = 16 << 20
@@ -67,7 +71,7 @@ VARIABLES = {"TOKENIZERS_PARALLELISM": "false"}
 def gate(items: Iterable[Item] = ()) -> Iterator[Gate]:
     """Where the items of one run are answered. What needs fresh processes gets ready in the background, if one does."""
     with tempfile.TemporaryDirectory(prefix="parity-") as directory:
-        warm = any(in_fresh_process(item.check.id, item.route) for item in items)
+        warm = frozenset().union(*(fresh_processes(item.check.id, item.route) for item in items))
         opened = Gate(Path(directory).resolve(), warm=warm)
         try:
             yield opened
@@ -78,7 +82,7 @@ def gate(items: Iterable[Item] = ()) -> Iterator[Gate]:
 class Gate:
     """Answers questions about ports, each in a process of its own. Open while its `gate` is."""
 
-    def __init__(self, root: Path, *, warm: bool) -> None:
+    def __init__(self, root: Path, *, warm: Collection[str]) -> None:
         self._root, self._warm = root, warm
         self._server: int | None = None
         self._channel: socket.socket | None = None
@@ -241,7 +245,13 @@ def _wait(server: int, *, seconds: float) -> None:
 # In the server
 
 
-def _serve(channel: socket.socket, root: Path, parent: int, *, warm: bool) -> NoReturn:
+def sandbox_of(shared: Session, name: str) -> Sandbox:
+    """The server of fresh processes by its name, see `SANDBOXES`."""
+    found: Sandbox = getattr(shared, name)
+    return found
+
+
+def _serve(channel: socket.socket, root: Path, parent: int, *, warm: Collection[str]) -> NoReturn:
     """Answers one question after the other until the client is gone."""
     from harness.runner import session
 
@@ -258,8 +268,8 @@ def _serve(channel: socket.socket, root: Path, parent: int, *, warm: bool) -> No
     os.environ.update(VARIABLES, HF_MODULES_CACHE=str(root / "modules"), TORCHINDUCTOR_CACHE_DIR=str(root / "compiled"))
     tempfile.tempdir = str(root)
     with contextlib.suppress(processes.ClientGone), session() as shared, contextlib.ExitStack() as at_end:
-        if warm:
-            shared.sandbox.begin_warm_up()
+        for name in filter(warm.__contains__, SANDBOXES):
+            sandbox_of(shared, name).begin_warm_up()
         failure = _prepare()
         answerer = Answerer(channel, parent, shared, root)
         at_end.callback(answerer.end)
@@ -303,7 +313,7 @@ class Answerer:
         self._channel: socket.socket | None = None
         self._directory = shared.root
         self._about: Any = None
-        self._knows_sandbox = False
+        self._knows: frozenset[str] = frozenset()
 
     def answer(self, message: Mapping[str, Any]) -> dict[str, Any]:
         """The answer to a question as `value` or `error`, or as `ended` how the process ended without one."""
@@ -311,20 +321,22 @@ class Answerer:
         if message["question"] in HARMLESS:
             return {"value": QUESTIONS[message["question"]](self._shared, values)}
         asked = values.get("item") or values.get("recorded")
-        fresh = asked is not None and in_fresh_process(asked["check"], asked["route"])
-        if fresh and not self._knows_sandbox:
+        fresh = fresh_processes(asked["check"], asked["route"]) if asked is not None else frozenset()
+        if not fresh <= self._knows:
             self.end()
         about = [_port_of(values), values.get("options", {}).get("report")]
         if self._child is None or about != self._about:
             self.end()
-            self._start(about, fresh=fresh)
+            self._start(about, fresh)
         answer = self._answered(message)
         if not answer.pop("is_well", False):
             self.end()
-        if not answer.pop("sandbox_is_well", False) and fresh:
+        for name in fresh.difference(answer.pop("sandboxes", ())):
             self.end()
-            self._shared.sandbox.restart()  # an answer to the child may still be on its way
-            self._shared.sandbox.begin_warm_up()
+            self._knows -= {name}
+            lost = sandbox_of(self._shared, name)
+            lost.restart()  # an answer to the child may still be on its way
+            lost.begin_warm_up()
         return answer
 
     def end(self) -> None:
@@ -332,15 +344,15 @@ class Answerer:
         if self._child is None or self._channel is None:
             return
         self._channel.close()
-        spare = self._shared.sandbox.process
-        processes.end_child(self._child, [] if spare is None else [spare])
+        spare = [sandbox_of(self._shared, name).process for name in SANDBOXES]
+        processes.end_child(self._child, [process for process in spare if process is not None])
         jobs.remove_tree(self._directory)
         self._child = self._channel = None
 
-    def _start(self, about: Any, *, fresh: bool) -> None:
-        if fresh:
-            self._shared.sandbox.warm_up()  # here, so that it outlives the child
-        self._knows_sandbox = fresh
+    def _start(self, about: Any, fresh: frozenset[str]) -> None:
+        self._knows |= fresh
+        for name in self._knows:
+            sandbox_of(self._shared, name).warm_up()  # here, so that it outlives the child
         ours, theirs = socket.socketpair()
         self._directory = Path(tempfile.mkdtemp(dir=self._shared.root))
         port, report = about
@@ -414,7 +426,7 @@ def _be_child(
         while is_well and (line := lines.readline()):
             answer = _within_time(json.loads(line), shared)
             is_well = answer["is_well"]
-            answer["sandbox_is_well"] = shared.sandbox.process is not None
+            answer["sandboxes"] = [name for name in SANDBOXES if sandbox_of(shared, name).process is not None]
             lines.write(json.dumps(answer).encode() + b"\n")
             lines.flush()
     jobs.leave(0)

@@ -169,9 +169,11 @@ class CheckItem(pytest.Item):
     def __init__(self, *, item: Item, options: Options, **arguments: Any) -> None:
         super().__init__(**arguments)
         from harness.backends import mark_of
+        from harness.checks import fresh_processes
 
         self.item, self.options = item, options
-        for mark in filter(None, ("parity", mark_of(item.backend), "hub" if item.route == "hub" else None)):
+        talks = "hub" in fresh_processes(item.check.id, item.route)
+        for mark in filter(None, ("parity", mark_of(item.backend), "hub" if talks else None)):
             self.add_marker(mark)
 
     def runtest(self) -> None:

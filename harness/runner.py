@@ -9,6 +9,7 @@ import fnmatch
 import json
 import logging
 import os
+import socket
 import sys
 import tempfile
 import time
@@ -46,11 +47,26 @@ if TYPE_CHECKING:
 PROFILES = {"gate": 1, "thorough": 6, "nightly": 30}
 """How many times the catalogue's number of examples a profile draws."""
 
-ROUTE_CHECKS = {"pretrained": "roundtrip.pretrained", "remote_code": "remote_code.outputs"}
-"""A port that lacks the check of a route has no such route."""
+ROUTE_CHECKS = {
+    "pretrained": ("roundtrip.pretrained",),
+    "remote_code": ("remote_code.outputs",),
+    "hub": ("hub.outputs", "remote_code.outputs"),
+}
+"""A port that lacks a check of a route has no such route; nor does it come from the Hub without remote code."""
 
 FRESH_SECONDS = 20.0
 """How long one job of a fresh process may take: less than a check, which then says so itself."""
+
+OF_THE_CLIENT = (
+    "huggingface_hub.hf_api",
+    "huggingface_hub.repocard",
+    "transformers.modelcard",
+    "transformers.models.auto.tokenization_auto",
+)
+"""What a process that talks to the Hub needs imported besides."""
+
+HUB_EXAMPLES = 2
+"""Cases a check tries at most in profile `gate` on a port that is pushed to the Hub for each."""
 
 COMMAND_EXAMPLES = 2
 """Cases a check tries in profile `gate` on a port whose weights a program converts, at seconds a start."""
@@ -162,24 +178,41 @@ def require_backends(options: Options) -> None:
 
 @contextlib.contextmanager
 def session() -> Iterator[Session]:
-    """What the items answered in one process share: a temporary directory and a server of fresh processes."""
+    """What the items answered in one process share: a temporary directory and servers of fresh processes."""
     from harness.sandbox import Sandbox
 
     with tempfile.TemporaryDirectory(prefix="parity-") as directory:
         root = Path(directory).resolve()
-        with Sandbox(root, time_limit_seconds=FRESH_SECONDS) as sandbox:
-            yield Session(root=root, sandbox=sandbox)
+        with Sandbox(root, time_limit_seconds=FRESH_SECONDS) as sandbox, reserved_port() as port:
+            endpoint = f"http://127.0.0.1:{port}"
+            with Sandbox(root, time_limit_seconds=FRESH_SECONDS, preload=OF_THE_CLIENT, endpoint=endpoint) as hub:
+                yield Session(root=root, sandbox=sandbox, hub=hub)
+
+
+@contextlib.contextmanager
+def reserved_port() -> Iterator[int]:
+    """A port of this machine that nobody else is given meanwhile; connections to it are refused until one listens.
+
+    A server that shares it comes and goes: the clients' processes know their Hub's address from before it starts.
+    """
+    with socket.socket() as held:
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        held.bind(("127.0.0.1", 0))
+        yield held.getsockname()[1]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Session:
     """See `session`. complaints: what is looked out for besides; case_file: where the case at work is written down.
 
+    sandbox: fresh processes without a network. hub: those that talk to the Hub of a check, see `harness.routes.hub`.
     alone: the process runs one item and ends, and is no foreground process: an interrupt comes from the port.
     """
 
     root: Path
     sandbox: Sandbox
+    hub: Sandbox
     complaints: Sequence[Complaint] = ()
     case_file: Path | None = None
     alone: bool = False
@@ -218,7 +251,8 @@ def ended(item: Item, options: Options, case: Case | None, reason: str, shared: 
 
 
 def _why_not(item: Item) -> str | None:
-    for check in (item.check.id, ROUTE_CHECKS.get(item.route, item.check.id)):
+    ways = [item.route, *(["remote_code"] if item.check.id.startswith("hub.") else [])]
+    for check in (item.check.id, *(check for way in ways for check in ROUTE_CHECKS.get(way, ()))):
         if reason := lacks(item.port, check):
             return f"the port lacks it: {reason}"
     absent = [need for need in item.check.needs if need not in item.family.features]
@@ -264,6 +298,7 @@ def trial_of(item: Item, shared: Session, directory: Path) -> Trial:
         dtype=item.dtype,
         workdir=Path(tempfile.mkdtemp(dir=directory)),
         sandbox=shared.sandbox,
+        hub=shared.hub,
     )
 
 
@@ -305,8 +340,9 @@ def _explore(item: Item, options: Options, shared: Session, directory: Path) -> 
 
 
 def _examples(item: Item) -> int:
-    """The catalogue's count; less where a program is started for every set of weights."""
-    return min(item.check.examples, COMMAND_EXAMPLES) if item.port.loader == "command" else item.check.examples
+    """The catalogue's count; less where a program is started, or a Hub, for every set of weights."""
+    bounds = {"command": COMMAND_EXAMPLES, "hub": HUB_EXAMPLES}
+    return min([item.check.examples, *(bounds[word] for word in (item.port.loader, item.route) if word in bounds)])
 
 
 def replay(port: Port, case: Case, recorded: Mapping[str, Any], bundle: Path, shared: Session) -> Result:

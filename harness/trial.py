@@ -38,9 +38,9 @@ class Recorded:
 class Trial:
     """What a check is given beside its case: the port, how the weights travel, and where the port runs.
 
-    workdir is an empty directory of this trial's own; `sandbox` starts fresh processes. float32_inside: the port was
-    seen to compute a part in float32, and is held to the bound for that. recorded: weights and batch of a bundle, which
-    its case has instead of drawing them: another release of torch may draw others.
+    workdir is an empty directory of this trial's own; `sandbox` starts fresh processes, `hub` those that talk to a Hub.
+    float32_inside: the port was seen to compute a part in float32, and is held to the bound for that. recorded: weights
+    and batch of a bundle, which its case has instead of drawing them: another release of torch may draw others.
     """
 
     port: Port
@@ -50,6 +50,7 @@ class Trial:
     dtype: str
     workdir: Path
     sandbox: Sandbox
+    hub: Sandbox
     float32_inside: bool = False
     recorded: Recorded | None = None
 

@@ -53,12 +53,14 @@ def check_ids() -> list[str]:
     return [check.id for check in CATALOGUE]
 
 
-def in_fresh_process(check: str, route: str) -> bool:
-    """Whether the model under test runs in another process, by a check's id and its route."""
-    return "remote_code" in (route, check.partition(".")[0])
+def fresh_processes(check: str, route: str) -> frozenset[str]:
+    """Where the model under test runs besides, by a check's id and its route: names of sandboxes of a Session."""
+    words = (route, check.partition(".")[0])
+    offline = "remote_code" in words or check == "hub.offline"
+    return frozenset({"sandbox"} if offline else ()) | frozenset({"hub"} if "hub" in words else ())
 
 
-EVERY_ROUTE = (MAIN, "direct", "pretrained", "remote_code")
+EVERY_ROUTE = (MAIN, "direct", "pretrained", "remote_code", "hub")
 
 CATALOGUE: tuple[Check, ...] = (
     Check(id="config.json_round_trip"),
@@ -147,6 +149,19 @@ CATALOGUE: tuple[Check, ...] = (
     Check(id="remote_code.base_model", examples=1),
     Check(id="remote_code.generation", needs=("generation",), examples=2),
     Check(id="remote_code.cold", needs=("logits",), examples=1),
+    Check(id="hub.files", examples=1),
+    Check(id="hub.outputs", needs=("logits",), examples=2),
+    Check(id="hub.repushed", needs=("logits",), examples=1),
+    Check(id="hub.revisions", needs=("logits",), examples=1),
+    Check(id="hub.code_revision", needs=("logits",), examples=1),
+    Check(id="hub.pinned_code", needs=("logits",), examples=1),
+    Check(id="hub.private", needs=("logits",), examples=1),
+    Check(id="hub.gated", needs=("logits",), examples=1),
+    Check(id="hub.warm_cache", needs=("logits",), examples=1),
+    Check(id="hub.offline", needs=("logits",), examples=1),
+    Check(id="hub.bin", needs=("logits",), examples=1),
+    Check(id="hub.sharded", needs=("logits",), examples=1),
+    Check(id="hub.tokenizer", needs=("logits",), examples=1),
     Check(id="precision.logits", needs=("logits",), dtypes=(*PRECISIONS, "autocast"), devices=True),
     Check(
         id="precision.long_positions",

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -85,7 +86,7 @@ def resaved(trial: Trial, case: Case) -> dict[str, float]:
         if not (again / file.name).is_file():
             raise Mismatch(f"{file.name} does not travel when a model loaded as remote code is saved again")
     expected = run_original(trial, original, batch.tokens, batch.targets)["logits"]
-    return _same(trial, load(trial, again, {"input_ids": batch.tokens}, tied=_tied(trial)), expected)
+    return _same(trial, load(trial, again, {"input_ids": batch.tokens}, tied=tied_groups(trial)), expected)
 
 
 def two_models(trial: Trial, case: Case) -> dict[str, float]:
@@ -97,7 +98,7 @@ def two_models(trial: Trial, case: Case) -> dict[str, float]:
     original, batch = original_model(trial, case), draw(trial, case)
     trials = [dataclasses.replace(trial, workdir=_below(trial, name)) for name in ("one", "two")]
     first, second = (directory(each, case, original) for each in trials)
-    _negate_logits(trial, second)
+    negate_logits(trial, second)
     answer = trial.sandbox.run(
         "load_two",
         request_for(trial, directories=[str(first), str(second)], both_orders=True),
@@ -207,20 +208,26 @@ def code_files(trial: Trial) -> list[Path]:
 
 def _load(trial: Trial, case: Case, original: torch.nn.Module, tokens: torch.Tensor, **options: Any) -> Answer:
     saved = directory(trial, case, original)
-    return load(trial, saved, {"input_ids": tokens}, tied=_tied(trial), **options)
+    return load(trial, saved, {"input_ids": tokens}, tied=tied_groups(trial), **options)
 
 
-def _tied(trial: Trial) -> list[list[str]]:
+def tied_groups(trial: Trial) -> list[list[str]]:
+    """The names in the port of each group of parameters that are one tensor."""
     return [[trial.family.port_key(key) for key in group] for group in trial.family.tied]
 
 
 def _same(trial: Trial, answer: Answer, expected: torch.Tensor) -> dict[str, float]:
-    if answer.values["class"] != port_class(trial).__name__:
-        raise Mismatch(f"a fresh process loads {answer.values['class']}, expected {port_class(trial).__name__}")
-    for group in answer.values["tied"]:
+    require_port(trial, answer.values)
+    return require_semantics(trial, "logits of a fresh process", logits_of(answer), expected)
+
+
+def require_port(trial: Trial, described: Mapping[str, Any]) -> None:
+    """Raises Mismatch unless what a fresh process loaded is the port, with the original's ties."""
+    if described["class"] != port_class(trial).__name__:
+        raise Mismatch(f"a fresh process loads {described['class']}, expected {port_class(trial).__name__}")
+    for group in described["tied"]:
         if not group["missing"] and not group["same_tensor"]:
             raise Mismatch(f"{' and '.join(group['names'])} are two tensors in a fresh process; the original has one")
-    return require_semantics(trial, "logits of a fresh process", logits_of(answer), expected)
 
 
 def _auto_map(saved: Path) -> dict[str, Any]:
@@ -234,7 +241,7 @@ def _below(trial: Trial, name: str) -> Path:
     return folder
 
 
-def _negate_logits(trial: Trial, saved: Path) -> None:
+def negate_logits(trial: Trial, saved: Path) -> None:
     """Changes the code of a saved port, as another author's files of the same names would differ.
 
     Every file changes: transformers 5.23 takes the first checkpoint's model class for any second one whose

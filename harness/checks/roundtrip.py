@@ -218,10 +218,15 @@ def bin(trial: Trial, case: Case) -> dict[str, float]:
     original = original_model(trial, case, dtype="float32")
     directory = save(trial, case, original)
     model = carry(trial, case, original)
+    write_bin(directory, model)
+    return _same_state(load(trial, directory), model, "after loading from pytorch_model.bin")
+
+
+def write_bin(directory: Path, model: torch.nn.Module) -> None:
+    """Puts a model's weights as `pytorch_model.bin` in the place of those that a directory has."""
     for file in directory.glob("*.safetensors"):
         file.unlink()
     torch.save(dict(model.state_dict()), directory / "pytorch_model.bin")
-    return _same_state(load(trial, directory), model, "after loading from pytorch_model.bin")
 
 
 def fixed_point(trial: Trial, case: Case) -> dict[str, float]:

@@ -3,16 +3,16 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
-from harness.hub.accounts import Organisation, User
-from harness.hub.api.calls import Sizes
-from harness.hub.faults import Fault
-from harness.hub.server import HubServer, client_environment
-from harness.hub.wire import Limits
-
 if TYPE_CHECKING:
+    from harness.hub.accounts import Organisation, User
+    from harness.hub.api.calls import Sizes
     from harness.hub.download import DownloadFailed, verified_snapshot
+    from harness.hub.faults import Fault
+    from harness.hub.receiving import Limits
+    from harness.hub.server import HubServer, client_environment
 
 __all__ = [
     "DownloadFailed",
@@ -26,11 +26,21 @@ __all__ = [
     "verified_snapshot",
 ]
 
+_PLACES = {
+    "DownloadFailed": "download",
+    "Fault": "faults",
+    "HubServer": "server",
+    "Limits": "receiving",
+    "Organisation": "accounts",
+    "Sizes": "api.calls",
+    "User": "accounts",
+    "client_environment": "server",
+    "verified_snapshot": "download",
+}
+
 
 def __getattr__(name: str) -> Any:
-    """Imports what a server does not need when it is asked for."""
-    if name in ("DownloadFailed", "verified_snapshot"):
-        from harness.hub import download
-
-        return getattr(download, name)
-    raise AttributeError(f"module 'harness.hub' has no attribute '{name}'")
+    """Imports a name when it is asked for: the command line and downloads need no server."""
+    if name not in _PLACES:
+        raise AttributeError(f"module 'harness.hub' has no attribute '{name}'")
+    return getattr(importlib.import_module(f"harness.hub.{_PLACES[name]}"), name)

@@ -9,8 +9,8 @@ import hashlib
 import itertools
 import os
 import re
+import threading
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from harness.hub.objects import blob_oid
@@ -54,9 +54,8 @@ class Blobs:
         """
         path = self.unfinished / f"{os.getpid()}-{next(self._numbers)}"
         digest, length = hashlib.sha256(), 0
-        hasher: ThreadPoolExecutor | None = None
         try:
-            with path.open("xb") as file, contextlib.ExitStack() as stack:
+            with path.open("xb") as file:
                 for chunk in chunks:
                     length += len(chunk)
                     if size is not None and length > size:
@@ -67,10 +66,12 @@ class Blobs:
                         digest.update(chunk)
                         file.write(chunk)
                     else:
-                        hasher = hasher or stack.enter_context(ThreadPoolExecutor(1))
-                        hashed = hasher.submit(digest.update, chunk)
-                        file.write(chunk)
-                        hashed.result()  # The next piece may be in the same memory.
+                        hashing = threading.Thread(target=digest.update, args=(chunk,))
+                        hashing.start()
+                        try:
+                            file.write(chunk)
+                        finally:
+                            hashing.join()  # The next piece may be in the same memory.
             found = digest.hexdigest()
             if size is not None and length != size:
                 raise Refusal(kind="bad_request", message=f"the content has {length} bytes; announced were {size}")
@@ -89,7 +90,7 @@ class Blobs:
         """Where a content is, or would be. Raises Refusal (bad_request) for what is no SHA-256."""
         if not _SHA256.fullmatch(sha256):
             raise Refusal(kind="bad_request", message=f"{sha256!r} is no SHA-256: expected 64 of 0-9 a-f")
-        return self.directory / sha256[:2] / sha256
+        return self.directory.joinpath(sha256[:2], sha256)
 
     def __contains__(self, sha256: str) -> bool:
         return _SHA256.fullmatch(sha256) is not None and self.path(sha256).is_file()

@@ -47,7 +47,8 @@ def add_hub_parser(commands: Any) -> None:
     hub.set_defaults(run=run_hub)
     below = hub.add_subparsers(metavar="COMMAND")
     fsck = below.add_parser("fsck", help="verify every file, commit and ref below a root")
-    fsck.add_argument("--root", type=Path, required=True, metavar="DIR", help="what `parity hub --root` was given")
+    fsck.add_argument("directory", nargs="?", type=Path, metavar="DIR", help="what `parity hub` was given as its root")
+    fsck.add_argument("--root", type=Path, default=argparse.SUPPRESS, metavar="DIR", help="the same")
     fsck.set_defaults(run=run_fsck)
 
 
@@ -85,7 +86,7 @@ def run_hub(arguments: argparse.Namespace) -> int:
             raise DescriptionError(f"the Hub cannot start on {where}: {error.strerror or error}") from error
         print(hub.url, flush=True)
         if arguments.print_env:
-            for name, value in hub.env(token=users[0].token).items():
+            for name, value in hub.env().items():
                 print(f"export {name}={shlex.quote(value)}", flush=True)
         asked_to_stop.wait()
     return EXIT_HOLDS
@@ -95,12 +96,15 @@ def run_fsck(arguments: argparse.Namespace) -> int:
     """Prints what is wrong with a root, one line each. Exit 1 where something is, 2 where there is no Hub."""
     from harness.hub.fsck import fsck
 
-    if not arguments.root.is_dir():
-        raise DescriptionError(f"there is no directory {arguments.root}")
-    problems = fsck(arguments.root)
+    root = arguments.directory or arguments.root
+    if root is None:
+        raise DescriptionError("fsck needs the root of a Hub: parity hub fsck DIR")
+    if not root.is_dir():
+        raise DescriptionError(f"there is no directory {root}")
+    problems = fsck(root)
     for problem in problems:
         print(problem)
-    print(f"{arguments.root}: {len(problems) or 'no'} problem{'' if len(problems) == 1 else 's'}")
+    print(f"{root}: {len(problems) or 'no'} problem{'' if len(problems) == 1 else 's'}")
     return EXIT_FAILED if problems else EXIT_HOLDS
 
 

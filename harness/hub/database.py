@@ -114,7 +114,7 @@ def locked(root: Path, *, make: bool = False) -> Iterator[None]:
     """
     try:
         if make:
-            root.mkdir(parents=True, exist_ok=True)
+            root.mkdir(mode=0o700, parents=True, exist_ok=True)  # What is private is so on the disk.
         descriptor = os.open(root / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:
         raise DescriptionError(f"{root} cannot be the root of a Hub ({error.strerror}); give another root") from None
@@ -126,9 +126,14 @@ def locked(root: Path, *, make: bool = False) -> Iterator[None]:
             raise DescriptionError(
                 f"{root} is in use by another Hub (process {holder}); stop that one or give another root"
             ) from None
+        except OSError as error:
+            raise DescriptionError(f"{root} cannot be locked ({error.strerror}); give a root on a local disk") from None
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
-        yield
-        os.ftruncate(descriptor, 0)
+        try:
+            yield
+        finally:
+            os.ftruncate(descriptor, 0)
+            fcntl.flock(descriptor, fcntl.LOCK_UN)  # Also for a forked child, which has the descriptor too.
     finally:
         os.close(descriptor)  # The file stays: whoever removed it would let two others lock two files of that name.

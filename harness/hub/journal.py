@@ -15,9 +15,10 @@ class Entry:
     """One request and its answer.
 
     number: counts up from 1. method and target are empty where no request line could be read. status: None where no
-    answer is sent. authorised: whether a token came, which is not kept. content_length: what the answer announces.
-    received: bytes of the request's body that were read. connection: counts up from 1. seconds: from the end of the
-    request's headers until the answer was ready. fault: the `match` of the one applied.
+    answer is sent. range and user_agent: their beginning. authorised: whether a token came, which is not kept.
+    content_length: what the answer announces. received: bytes of the request's body that were read. connection: counts
+    up from 1. seconds: from the end of the request's headers until the answer was ready. fault: the `match` of the one
+    applied.
     """
 
     number: int

@@ -11,6 +11,9 @@ from typing import Any, Protocol
 
 from harness.hub.refusals import STATUS, Refusal
 
+HEADER_CHARACTERS = 500
+"""How much of a message fits into a header whatever is escaped in it; the content has all of it."""
+
 
 class Body(Protocol):
     """The bytes of a request, read at most once. `length` is what the client announced, None for a chunked body.
@@ -86,7 +89,7 @@ def json_response(value: Any, *, status: int = 200, headers: Mapping[str, str] |
 def refused(refusal: Refusal, *, request_id: str) -> Response:
     """The answer to a request that was refused: always a JSON object, and the message in a header for HEAD."""
     status, code = STATUS[refusal.kind]
-    message = " ".join(refusal.message.split())
+    message = " ".join(refusal.message.split())[:HEADER_CHARACTERS]
     headers = {"X-Error-Message": message.encode("ascii", "backslashreplace").decode(), "X-Request-Id": request_id}
     if code is not None:
         headers["X-Error-Code"] = code

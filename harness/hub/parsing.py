@@ -141,9 +141,10 @@ def target_parts(line: RequestLine) -> tuple[tuple[str, ...], dict[str, tuple[st
     if target[0] != "/":
         if target == "*" and line.method == "OPTIONS":
             return (), {}
-        target, absolute = _ABSOLUTE.subn("", target, count=1) if _ABSOLUTE.match(target) else (target, 0)
-        if not absolute or target[:1] not in ("", "/", "?"):
+        match = _ABSOLUTE.match(target)
+        if match is None:
             raise bad("The target is a path that begins with /.")
+        target = target[match.end() :]
     if "#" in target:
         raise bad("The target has a fragment (#), which is not for servers; quote it as %23.")
     path, _, query = target.partition("?")

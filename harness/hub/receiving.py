@@ -37,7 +37,7 @@ class Limits:
     idle_seconds: float = 75.0
     slow_bytes: int = 1024
     drain_bytes: int = 1024**3
-    linger_seconds: float = 1.0
+    linger_seconds: float = 5.0
 
 
 class Stream:
@@ -54,9 +54,11 @@ class Stream:
         Raises Refusal as soon as it is clear that no proper head comes.
         """
         rest, seen, deadline = self._rest, 0, 0.0
-        if rest.startswith(b"\r\n"):
-            del rest[:2]
+        may_be_empty = True  # One empty line before a request is none of it: old clients end their bodies so.
         while True:
+            if may_be_empty and rest.startswith(b"\r\n"):
+                del rest[:2]
+                may_be_empty, seen = False, 0
             end = rest.find(b"\r\n\r\n", max(0, seen - 3))
             if 0 <= end <= self._limits.header_bytes:
                 head = bytes(rest[:end])
@@ -79,8 +81,6 @@ class Stream:
                     return None
                 raise bad("The connection ended in the middle of a request's head.")
             rest += more
-            if not seen and rest.startswith(b"\r\n"):
-                del rest[:2]
 
     def _check_beginning(self, seen: int) -> None:
         """Looks at what came after the first `seen` bytes of a head that is not complete."""

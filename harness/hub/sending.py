@@ -20,7 +20,7 @@ from harness.hub.messages import FilePart, Response
 
 INLINE_BYTES = 64 * 1024
 SENT_AT_ONCE = 2**30
-DELIVERED_SECONDS = 5.0
+DELIVERED_SECONDS = 2.0
 _PHRASES = {status.value: status.phrase for status in HTTPStatus}
 _FRAMING = ("content-length", "transfer-encoding", "connection", "x-request-id")
 
@@ -175,7 +175,7 @@ def send(connection: socket.socket, answer: Answer, fault: Fault | None, *, stop
     if fault is None or limit is None:
         return not answer.last
     if fault.reset_after is not None:
-        wait_until_delivered(connection, stopping)
+        _wait_until_delivered(connection, stopping)
         reset(connection)
     elif fault.stall is not None:
         _stall(connection)
@@ -239,13 +239,16 @@ def _stall(connection: socket.socket) -> None:
                 return
 
 
-def wait_until_delivered(connection: socket.socket, stopping: threading.Event) -> None:
+def _wait_until_delivered(connection: socket.socket, stopping: threading.Event) -> None:
     """A reset throws away what was not delivered yet; so the client gets the bytes it is to get, if it reads them."""
     deadline = time.monotonic() + DELIVERED_SECONDS
-    while time.monotonic() < deadline:
-        waiting = struct.unpack("i", fcntl.ioctl(connection.fileno(), termios.TIOCOUTQ, b"\0\0\0\0"))[0]
-        if waiting == 0 or stopping.wait(0.001):
-            return
+    # Where the system does not say what is still on its way, all of that time is given.
+    with contextlib.suppress(OSError):
+        while time.monotonic() < deadline:
+            waiting = struct.unpack("i", fcntl.ioctl(connection.fileno(), termios.TIOCOUTQ, bytes(4)))[0]
+            if waiting == 0 or stopping.wait(0.001):
+                return
+    stopping.wait(deadline - time.monotonic())
 
 
 def reset(connection: socket.socket) -> None:

@@ -163,8 +163,13 @@ class HubServer:
             raise RuntimeError("a Hub has its accounts while it runs: inside its with statement")
         return self._accounts
 
-    def env(self, *, token: str | None = ALICE.token, home: str | Path | None = None) -> dict[str, str]:
-        """What a client's environment needs, see `client_environment`. home: `client` below root if not given."""
+    def env(self, *, token: str | bool | None = True, home: str | Path | None = None) -> dict[str, str]:
+        """What a client's environment needs, see `client_environment`.
+
+        token: True is the first user's; False and None are nobody's. home: `client` below root where none is given.
+        """
+        if isinstance(token, bool):
+            token = self._users[0].token if token and self._users else None
         return client_environment(self.url, token=token, home=self.root / "client" if home is None else Path(home))
 
     def inject(self, *faults: Fault) -> None:

@@ -17,7 +17,7 @@ from harness.hub.database import Database, Row, locked
 from harness.hub.objects import POINTER_BYTES, Child, commit_oid, object_oid, pointer, read_pointer
 from harness.hub.refusals import Kind, Refusal
 from harness.hub.trees import SCHEMA as TREES_SCHEMA
-from harness.hub.trees import Draft, Trees
+from harness.hub.trees import Draft, Trees, damaged
 
 TYPES = ("model", "dataset", "space")
 MAIN = "main"
@@ -639,7 +639,7 @@ class Store:
     ) -> str:
         tree = self._tree(key, parent) if parent else None
         if parent and tree is None:
-            raise RuntimeError(f"the commit {parent} is missing from {self.database.path}; run parity hub fsck")
+            raise damaged("commit", parent, self.database)
         draft = Draft(self._trees, tree)
         for operation, file in prepared:
             if file is None:
@@ -681,6 +681,8 @@ class Store:
             files.update((row[0], row) for row in rows)
         entries = []
         for path, child in found:
+            if not child.directory and child.oid not in files:
+                raise damaged("file", child.oid, self.database)
             _, sha256, size, lfs = ("", None, 0, False) if child.directory else files[child.oid]
             entries.append(
                 Entry(path=path, directory=child.directory, oid=child.oid, size=size, sha256=sha256, lfs=bool(lfs))

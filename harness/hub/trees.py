@@ -31,15 +31,16 @@ class Trees:
         self._entries = 0
 
     def children(self, oid: str) -> Mapping[str, Child]:
-        """What is in a folder, by name. Raises RuntimeError where the database has lost it."""
+        """What is in a folder, by name. Raises RuntimeError where the database has lost or damaged it."""
         with self._lock:
             if oid in self._kept:
                 self._kept.move_to_end(oid)
                 return self._kept[oid]
         rows = self._database.read("SELECT content FROM trees WHERE oid = ?", (oid,))
-        if not rows:
-            raise RuntimeError(f"the tree {oid} is missing from {self._database.path}; run parity hub fsck")
-        children = read_tree(rows[0][0])
+        try:
+            children = read_tree(rows[0][0])
+        except (IndexError, ValueError):
+            raise damaged("tree", oid, self._database) from None
         with self._lock:
             if oid not in self._kept:
                 self._kept[oid] = children
@@ -63,14 +64,15 @@ class Trees:
         paths: `a.txt` stands between `a` and `a/b`."""
         children = self.children(tree)
         # A folder stands twice: as itself, and where what is in it begins.
-        places = [(prefix + name, child, False) for name, child in children.items()]
+        places = [(path, child, False) for name, child in children.items() if (path := prefix + name) > after]
         if recursive:
-            places += [(f"{prefix}{name}/", child, True) for name, child in children.items() if child.directory]
+            folders = [(f"{prefix}{name}/", child, True) for name, child in children.items() if child.directory]
+            places += [folder for folder in folders if folder[0] > after or after.startswith(folder[0])]
         for path, child, inside in sorted(places):
-            if not inside and path > after:
-                yield path, child
-            elif inside and (path > after or after.startswith(path)):
+            if inside:
                 yield from self.walk(child.oid, path, recursive=True, after=after)
+            else:
+                yield path, child
 
 
 @dataclasses.dataclass
@@ -146,6 +148,11 @@ def _write(connection: sqlite3.Connection, folder: _Folder) -> str:
     oid = object_oid("tree", content)
     connection.execute("INSERT OR IGNORE INTO trees VALUES (?, ?)", (oid, content))
     return oid
+
+
+def damaged(what: str, oid: str, database: Database) -> RuntimeError:
+    """To be raised where something is not there that must be: no request can be the cause."""
+    return RuntimeError(f"the {what} {oid} is missing from {database.path} or damaged; run parity hub fsck")
 
 
 def _refusal(kind: Kind, message: str) -> Refusal:

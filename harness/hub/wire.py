@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
-import secrets
+import os
 import selectors
 import socket
 import struct
@@ -26,6 +26,7 @@ __all__ = ["Limits", "Wire", "reserved_port"]
 
 BACKLOG = 1024
 TURNED_AWAY = 64
+NOTED = 200
 
 
 def reserved_port(host: str = "127.0.0.1") -> socket.socket:
@@ -93,7 +94,7 @@ class Wire:
         self._move = move
         self._share_port = share_port
         self._aside = aside
-        self._series = secrets.token_hex(4)
+        self._series = os.urandom(4).hex()
         self._numbers = itertools.count(1)
         self._client_numbers = itertools.count(1)
         self._lock = threading.Lock()
@@ -112,7 +113,8 @@ class Wire:
         """Binds, listens and serves in daemon threads. Raises OSError where the port is taken."""
         if self._listener is not None:
             raise RuntimeError("this server was started already")
-        listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+        family = socket.AF_INET6 if ":" in self.host else socket.AF_INET
+        listener = socket.socket(family, socket.SOCK_STREAM)
         try:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             if self._share_port:
@@ -139,10 +141,10 @@ class Wire:
         # Another process that was forked meanwhile may hold the listener too: close alone would not end it.
         with contextlib.suppress(OSError):
             listener.shutdown(socket.SHUT_RDWR)
-        bell[1].close()
+        bell[1].send(b"!")
         self._threads[0].join()
-        listener.close()
-        bell[0].close()
+        for one in (listener, *bell):
+            one.close()
         with self._lock:
             for client in self._clients.values():
                 with contextlib.suppress(OSError):
@@ -338,7 +340,7 @@ class Wire:
             return work()
         except Refusal as error:
             return refused(error, request_id=exchange.id)
-        except Exception:
+        except BaseException:  # A thread has nobody above it who could want a SystemExit.
             return self._failed(exchange)
 
     def _failed(self, exchange: _Exchange) -> Response:
@@ -382,9 +384,9 @@ class Wire:
             method=exchange.method,
             target=exchange.target,
             status=status,
-            range=headers.get("range"),
+            range=_shortened(headers.get("range")),
             authorised="authorization" in headers,
-            user_agent=headers.get("user-agent"),
+            user_agent=_shortened(headers.get("user-agent")),
             content_length=content_length,
             received=exchange.body.received if exchange.body is not None else 0,
             connection=exchange.client.number,
@@ -394,3 +396,8 @@ class Wire:
 
     def _new_id(self) -> str:
         return f"{self._series}-{next(self._numbers)}"
+
+
+def _shortened(text: str | None) -> str | None:
+    """What may be kept ten thousand times."""
+    return None if text is None else text[:NOTED]

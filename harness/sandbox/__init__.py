@@ -42,7 +42,12 @@ INTERPRETER_OPTIONS = ("-P", "-s")  # Neither the working directory nor the user
 KEPT_VARIABLES = ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "LANG", "LC_ALL", "LC_CTYPE", "TZ")
 """All that a child sees of its user's environment: enough to find libraries, no tokens."""
 
-IN_WORDS = {"load_and_run": "loading and running it", "load_two": "loading two models"}
+IN_WORDS = {
+    "load_and_run": "loading and running it",
+    "load_two": "loading two models",
+    "push": "pushing it to the Hub",
+    "pull": "loading it from the Hub",
+}
 """What a failure calls a job."""
 
 START_SECONDS = 180.0
@@ -84,6 +89,7 @@ class Sandbox:
     root: an existing folder; everything is written below it, in a folder of this sandbox that goes when it closes.
     time_limit_seconds, memory_limit_bytes: bounds of one job; memory counts private data, about 0.4 GB from the start.
     preload: further modules every job finds imported; never the code under test.
+    endpoint: the Hub on this machine that jobs talk to; without it they are offline.
     """
 
     def __init__(
@@ -93,11 +99,13 @@ class Sandbox:
         time_limit_seconds: float = 60,
         memory_limit_bytes: int = 4 << 30,
         preload: Sequence[str] = (),
+        endpoint: str | None = None,
     ) -> None:
         self.root = Path(root)
         self.time_limit_seconds = time_limit_seconds
         self.memory_limit_bytes = memory_limit_bytes
         self.preload = tuple(preload)
+        self.endpoint = endpoint
         self._base: Path | None = None
         self._server: subprocess.Popen[bytes] | None = None
         self._owner = os.getpid()
@@ -124,15 +132,18 @@ class Sandbox:
         tensors: Mapping[str, torch.Tensor] | None = None,
         hidden_paths: Sequence[str | Path] = (),
         poisoned_memory: bool = False,
+        cache: Path | None = None,
     ) -> Answer:
         """Runs a job of `harness.sandbox.jobs.JOBS` in a forked child and returns its answer.
 
         hidden_paths: trees the child can neither read nor import from; packages installed below them stay visible.
         poisoned_memory: torch fills memory that nobody wrote to with NaN.
+        cache: a folder of the same file system that the job has as its HF_HOME, and that is made if need be; it may go
+            from one sandbox to another. Without it the job's is empty, and goes with it.
         Raises SandboxFailure when the job ends without an answer, ParityError when no server can be started.
         """
         self.warm_up()
-        return self._run(job, request, tensors or {}, hidden_paths, poisoned_memory, cold=False)
+        return self._run(job, request, tensors or {}, hidden_paths, poisoned_memory, cache=cache)
 
     def run_cold(
         self,
@@ -154,12 +165,14 @@ class Sandbox:
         hidden_paths: Sequence[str | Path],
         poisoned_memory: bool,
         *,
-        cold: bool,
+        cold: bool = False,
+        cache: Path | None = None,
     ) -> Answer:
         if job not in jobs.JOBS:
             raise ValueError(f"there is no job '{job}'; known: {', '.join(jobs.JOBS)}")
         self._start()
         base = self._folder()
+        hub = base / "scratch" / "hub"
         start = time.perf_counter()
         (base / "jobs").mkdir(exist_ok=True)
         directory = Path(tempfile.mkdtemp(dir=base / "jobs"))
@@ -179,6 +192,7 @@ class Sandbox:
                 "do": "run",
                 "job_directory": str(directory),
                 "fresh_directories": fresh_directories(base),
+                "given_directories": {} if cache is None else {str(hub): str(cache.absolute())},
                 "time_limit_seconds": self.time_limit_seconds,
                 "memory_limit_bytes": self.memory_limit_bytes,
                 "cold": cold,
@@ -190,6 +204,8 @@ class Sandbox:
             values, answered = read_answer(directory, end, name=name, sandbox=self)
             return Answer(values=values, tensors=answered, seconds=time.perf_counter() - start)
         finally:
+            if cache is not None and hub.is_dir() and not cache.exists():
+                hub.rename(cache)
             jobs.remove_tree(directory)
 
     @property
@@ -218,7 +234,7 @@ class Sandbox:
             self._server = subprocess.Popen(
                 [*command, str(theirs.fileno()), str(base)],
                 cwd=base,
-                env=environment(base / "scratch", os.environ),
+                env=environment(base / "scratch", os.environ, self.endpoint),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -315,32 +331,44 @@ def fresh_directories(base: Path) -> list[str]:
     return [str(base / "scratch" / name) for name in ("work", "home", "hub", "modules", "tmp")]
 
 
-def environment(scratch: Path, user: Mapping[str, str]) -> dict[str, str]:
-    """The variables of the server and its children: all folders below `scratch`, no network, no tokens, one thread."""
+def environment(scratch: Path, user: Mapping[str, str], endpoint: str | None = None) -> dict[str, str]:
+    """The variables of the server and its children: all folders below `scratch`, no tokens, one thread.
+
+    The Hub's client is offline, or talks to `endpoint`; it reads that when it is imported.
+    """
     kept = {name: user[name] for name in KEPT_VARIABLES if name in user}
-    return kept | {
-        "HOME": str(scratch / "home"),
-        "HF_HOME": str(scratch / "hub"),
-        "HF_HUB_CACHE": str(scratch / "hub" / "hub"),
-        "HF_MODULES_CACHE": str(scratch / "modules"),
-        "TMPDIR": str(scratch / "tmp"),
-        "HF_HUB_OFFLINE": "1",
-        "TRANSFORMERS_OFFLINE": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        "HF_HUB_DISABLE_XET": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-        "OMP_NUM_THREADS": "1",
-        "OPENBLAS_NUM_THREADS": "1",
-        "MKL_NUM_THREADS": "1",
-        "VECLIB_MAXIMUM_THREADS": "1",
-        "PYTHONDONTWRITEBYTECODE": "1",
-        "PYTHONHASHSEED": "0",
-        "PYTHONUNBUFFERED": "1",
-        # Asking whether CUDA is there must not initialise it in the process that forks.
-        "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
-        "OBJC_DISABLE_INITIALIZE_FORK_SAFETY": "YES",
-    }
+    hub = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+    if endpoint is not None:
+        hub = {
+            "HF_ENDPOINT": endpoint,
+            "NO_PROXY": "127.0.0.1",
+            "DISABLE_SAFETENSORS_CONVERSION": "true",  # it would look for a service elsewhere
+        }
+    return (
+        kept
+        | hub
+        | {
+            "HOME": str(scratch / "home"),
+            "HF_HOME": str(scratch / "hub"),
+            "HF_HUB_CACHE": str(scratch / "hub" / "hub"),
+            "HF_MODULES_CACHE": str(scratch / "modules"),
+            "TMPDIR": str(scratch / "tmp"),
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+            "HF_HUB_DISABLE_XET": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+            "OMP_NUM_THREADS": "1",
+            "OPENBLAS_NUM_THREADS": "1",
+            "MKL_NUM_THREADS": "1",
+            "VECLIB_MAXIMUM_THREADS": "1",
+            "PYTHONDONTWRITEBYTECODE": "1",
+            "PYTHONHASHSEED": "0",
+            "PYTHONUNBUFFERED": "1",
+            # Asking whether CUDA is there must not initialise it in the process that forks.
+            "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
+            "OBJC_DISABLE_INITIALIZE_FORK_SAFETY": "YES",
+        }
+    )
 
 
 def harness_parent() -> Path:

@@ -15,7 +15,7 @@ import socket
 import sys
 import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -105,7 +105,7 @@ def thread_count() -> int:
 
 def run_child(message: dict[str, Any], channel: socket.socket, base: Path, parent: int) -> dict[str, Any]:
     """Forks a child for one job, watches it to its end, ends what it left behind, and says how it ended."""
-    renew(base, message["fresh_directories"])
+    renew(base, message["fresh_directories"], message["given_directories"])
     child = fork_child(lambda: be_child(message), client=channel, memory_limit_bytes=message["memory_limit_bytes"])
     try:
         send(channel, {"started": child.pid})
@@ -127,8 +127,8 @@ def be_child(message: dict[str, Any]) -> NoReturn:
     jobs.leave(0)
 
 
-def renew(base: Path, directories: Sequence[str]) -> None:
-    """Puts empty directories in place of what the last job left, whatever it did to them."""
+def renew(base: Path, directories: Sequence[str], given: Mapping[str, str]) -> None:
+    """Puts empty directories, or the given ones, in place of what the last job left, whatever it did to them."""
     scratch = base / "scratch"
     if scratch.exists() or scratch.is_symlink():
         old = Path(tempfile.mkdtemp(prefix="old-", dir=base))
@@ -136,4 +136,8 @@ def renew(base: Path, directories: Sequence[str]) -> None:
         scratch.rename(old / "scratch")
         jobs.remove_tree(old)
     for directory in directories:
-        Path(directory).mkdir(parents=True)
+        if os.path.isdir(given.get(directory, "")):
+            Path(directory).parent.mkdir(exist_ok=True)
+            os.rename(given[directory], directory)
+        else:
+            Path(directory).mkdir(parents=True)

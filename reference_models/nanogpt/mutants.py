@@ -40,6 +40,30 @@ def _rewritten_auto_map(change: str) -> tuple[str, str]:
     )
 
 
+def _pushing(*lines: str) -> tuple[str, str]:
+    """Text to find and its replacement, by which a push_to_hub of the port's own begins with these lines."""
+    body = "".join(f"        {line}\n" for line in lines)
+    return (
+        "    def _init_weights(self, module: nn.Module) -> None:\n",
+        f"    def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:\n{body}"
+        "        return super().push_to_hub(repo_id, **kwargs)\n\n"
+        "    def _init_weights(self, module: nn.Module) -> None:\n",
+    )
+
+
+def _loading_by_name(*lines: str) -> tuple[str, str]:
+    """Text to find and its replacement, by which from_pretrained of a name, and no directory, begins with these."""
+    body = "".join(f"            {line}\n" for line in lines)
+    return (
+        "    def _init_weights(self, module: nn.Module) -> None:\n",
+        "    @classmethod\n"
+        "    def from_pretrained(cls, name: Any, *args: Any, **kwargs: Any) -> Any:\n"
+        f"        if not os.path.isdir(name):\n{body}"
+        "        return super().from_pretrained(name, *args, **kwargs)\n\n"
+        "    def _init_weights(self, module: nn.Module) -> None:\n",
+    )
+
+
 ATTENTION = (
     _model(
         "scale-missing",
@@ -1103,6 +1127,183 @@ FILES = (
     ),
 )
 
+HUB = (
+    _model(
+        "push-leaves-code",
+        "push_to_hub uploads weights and configuration, and no code",
+        "hub.files",
+        *_pushing(
+            "import tempfile",
+            "from huggingface_hub import HfApi",
+            "HfApi().create_repo(repo_id, exist_ok=True)",
+            "with tempfile.TemporaryDirectory() as folder:",
+            "    self.save_pretrained(folder)",
+            '    return HfApi().upload_folder(repo_id=repo_id, folder_path=folder, ignore_patterns="*.py")',
+        ),
+    ),
+    _model(
+        "push-forgets-helper",
+        "push_to_hub uploads the two files it knows of the code, and not what they import",
+        "hub.files",
+        *_pushing(
+            "import tempfile",
+            "from huggingface_hub import HfApi",
+            "HfApi().create_repo(repo_id, exist_ok=True)",
+            "with tempfile.TemporaryDirectory() as folder:",
+            "    self.save_pretrained(folder)",
+            '    known = ["*.json", "*.safetensors", "modeling_*.py", "configuration_*.py"]',
+            "    return HfApi().upload_folder(repo_id=repo_id, folder_path=folder, allow_patterns=known)",
+        ),
+    ),
+    _model(
+        "push-names-base-class",
+        "config.json on the Hub sends AutoModelForCausalLM to the model without a head",
+        "hub.files",
+        *_pushing(
+            "import json",
+            "from huggingface_hub import HfApi, hf_hub_download",
+            "super().push_to_hub(repo_id, **kwargs)",
+            'values = json.load(open(hf_hub_download(repo_id, "config.json", token=kwargs.get("token"))))',
+            'values["auto_map"]["AutoModelForCausalLM"] = "modeling_nanogpt.NanoGPTModel"',
+            "return HfApi().upload_file(",
+            "    path_or_fileobj=json.dumps(values).encode(),",
+            '    path_in_repo="config.json",',
+            "    repo_id=repo_id,",
+            '    token=kwargs.get("token"),',
+            '    revision=kwargs.get("revision"),',
+            ")",
+        ),
+    ),
+    _model(
+        "push-rounds",
+        "push_to_hub turns the weights into bfloat16 to save room",
+        "hub.outputs",
+        *_pushing("self.to(torch.bfloat16)"),
+    ),
+    _model(
+        "code-of-first-repository",
+        "loaded by name and saved again, config.json leads to the code in the author's repository",
+        "hub.repushed",
+        *_rewritten_auto_map(
+            'if __name__.startswith("transformers_modules") and not os.path.isdir(self.name_or_path):\n'
+            '            values["auto_map"] = {\n'
+            '                auto: f"{self.name_or_path}--{place}" for auto, place in values["auto_map"].items()\n'
+            "            }"
+        ),
+    ),
+    _model(
+        "revision-dropped",
+        "from_pretrained loads the weights of main, whatever the revision",
+        "hub.revisions",
+        *_loading_by_name('kwargs.pop("revision", None)'),
+    ),
+    _model(
+        "push-drops-revision",
+        "push_to_hub overwrites main, whatever the branch",
+        "hub.revisions",
+        *_pushing('kwargs.pop("revision", None)'),
+    ),
+    _model(
+        "code-of-weights-revision",
+        "from_pretrained takes the code of the weights' revision, whatever code_revision",
+        "hub.code_revision",
+        *_loading_by_name(
+            "from transformers.dynamic_module_utils import get_class_from_dynamic_module",
+            'place = f"modeling_nanogpt.{cls.__name__}"',
+            'where = {option: kwargs[option] for option in ("revision", "token") if option in kwargs}',
+            "cls = get_class_from_dynamic_module(place, name, **where)",
+            "return PreTrainedModel.from_pretrained.__func__(cls, name, *args, **kwargs)",
+        ),
+    ),
+    _model(
+        "helper-shared-by-revisions",
+        "the helper is kept under one name in the process, and every revision uses the first one's",
+        "hub.pinned_code",
+        "from .configuration_nanogpt import NanoGPTConfig\n",
+        "from .configuration_nanogpt import NanoGPTConfig\n\n"
+        "import sys\n\n"
+        '_helper = sys.modules.setdefault("nanogpt_checkpoint", sys.modules[load_checkpoint.__module__])\n'
+        "load_checkpoint, save_checkpoint = _helper.load_checkpoint, _helper.save_checkpoint\n",
+    ),
+    _model(
+        "push-is-public",
+        "push_to_hub drops private=True",
+        "hub.private",
+        *_pushing('kwargs.pop("private", None)'),
+    ),
+    _model(
+        "push-drops-token",
+        "push_to_hub drops the token it is given",
+        "hub.private",
+        *_pushing('kwargs.pop("token", None)'),
+    ),
+    _model(
+        "token-dropped",
+        "from_pretrained drops the token it is given",
+        "hub.private",
+        *_loading_by_name('kwargs.pop("token", None)'),
+    ),
+    _model(
+        "looks-without-token",
+        "from_pretrained looks for an adapter beside the model as nobody, which a gated repository refuses",
+        "hub.gated",
+        *_loading_by_name(
+            "from huggingface_hub import file_exists",
+            "from huggingface_hub.errors import GatedRepoError",
+            "try:",
+            '    file_exists(name, "adapter_config.json", revision=kwargs.get("revision"), token=False)',
+            "except GatedRepoError:",
+            "    raise",
+            "except Exception:",
+            "    pass  # no network",
+        ),
+    ),
+    _model(
+        "asks-at-every-start",
+        "from_pretrained asks the Hub about the repository every time",
+        "hub.warm_cache",
+        *_loading_by_name(
+            "from huggingface_hub import constants, model_info",
+            "if not constants.HF_HUB_OFFLINE:",
+            '    model_info(name, token=kwargs.get("token"))',
+        ),
+    ),
+    _model(
+        "offline-wants-directory",
+        "from_pretrained takes no name with HF_HUB_OFFLINE=1",
+        "hub.offline",
+        *_loading_by_name(
+            'if os.environ.get("HF_HUB_OFFLINE") == "1":',
+            '    raise OSError(f"{name} is no directory, and there is no network")',
+        ),
+    ),
+    _model(
+        "safetensors-only-by-name",
+        "from_pretrained of a name knows safetensors alone",
+        "hub.bin",
+        *_loading_by_name('kwargs["use_safetensors"] = True'),
+    ),
+    _model(
+        "push-drops-shard-size",
+        "push_to_hub drops max_shard_size",
+        "hub.sharded",
+        *_pushing('kwargs.pop("max_shard_size", None)'),
+    ),
+    _model(
+        "tokenizer-left-behind",
+        "push_to_hub replaces the repository by the model's own files",
+        "hub.tokenizer",
+        *_pushing(
+            "import tempfile",
+            "from huggingface_hub import HfApi",
+            "HfApi().create_repo(repo_id, exist_ok=True)",
+            "with tempfile.TemporaryDirectory() as folder:",
+            "    self.save_pretrained(folder)",
+            '    return HfApi().upload_folder(repo_id=repo_id, folder_path=folder, delete_patterns="*")',
+        ),
+    ),
+)
+
 INTERFACE = (
     _model(
         "hidden-states-not-normed",
@@ -2053,6 +2254,7 @@ MUTANTS = (
     *TRAINING,
     *PRECISION,
     *FILES,
+    *HUB,
     *INTERFACE,
     *CONFIGURATION,
     *CONVERTER,

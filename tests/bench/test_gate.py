@@ -140,8 +140,8 @@ def test_harness_share(benchmark: Any, planned: list[Item], shared: Session) -> 
     """The harness's own time in all checks that stay in one process, beside the time inside the models."""
     from harness.runner import Options, run_item
 
-    elsewhere = ("remote_code", "backend.compiled")  # Other processes, and the compiler.
-    items = [item for item in planned if item.route != "remote_code" and not item.check.id.startswith(elsewhere)]
+    elsewhere = ("remote_code", "hub", "backend.compiled")  # Other processes, and the compiler.
+    items = [item for item in planned if item.route not in elsewhere and not item.check.id.startswith(elsewhere)]
     options = Options()
 
     def everything() -> None:

@@ -150,6 +150,7 @@ def test_the_example_is_gated_by_pytest_with_its_conftest(tmp_path: Path) -> Non
         "training",
         "roundtrip",
         "remote_code",
+        "hub",
         "precision",
         "api",
     }

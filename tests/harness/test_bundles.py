@@ -148,6 +148,7 @@ def test_views_of_one_tensor_and_errors_without_tensors_are_written_too(shared: 
         dtype="float64",
         workdir=tmp_path,
         sandbox=shared.sandbox,
+        hub=shared.hub,
     )
     case = Case(fields=FIELDS, rows=2, tokens=3, seed=1)
     result = Result(

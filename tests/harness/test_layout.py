@@ -96,6 +96,7 @@ def trial(tmp_path: Path) -> Iterator[Trial]:
             dtype="float64",
             workdir=tmp_path,
             sandbox=shared.sandbox,
+            hub=shared.hub,
         )
 
 

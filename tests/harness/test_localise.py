@@ -61,6 +61,7 @@ def trial_of(
         dtype="float64",
         workdir=workdir,
         sandbox=shared.sandbox,
+        hub=shared.hub,
     )
 
 

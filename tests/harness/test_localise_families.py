@@ -168,6 +168,7 @@ def located(
         dtype="float64",
         workdir=root,
         sandbox=shared.sandbox,
+        hub=shared.hub,
     )
     return locate(trial, CASE, Check(id="forward.logits"), seconds=30)
 

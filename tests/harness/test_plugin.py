@@ -17,6 +17,7 @@ import pytest
 
 from harness import Port
 from harness.backends import unavailable
+from harness.checks import CATALOGUE
 from harness.results import Result
 
 pytest_plugins = ["pytester"]
@@ -198,6 +199,16 @@ def test_checks_are_selected_by_id_keyword_and_marker(nothing: pytest.Pytester, 
     listed = nothing.runpytest_subprocess("--collect-only", "-q", *chosen)
     assert len([line for line in listed.outlines if line.startswith("parity::")]) == count
     assert listed.ret == 0
+
+
+def test_the_marker_hub_selects_what_talks_to_a_hub(nothing: pytest.Pytester) -> None:
+    listed = nothing.runpytest_subprocess("--collect-only", "-q", "-m", "parity and hub", "--parity-port", "other")
+    found = {line.partition("[")[0].rpartition("::")[2] for line in listed.outlines if line.startswith("parity::")}
+    group = {check.id for check in CATALOGUE if check.id.startswith("hub.")}
+    assert len(group) >= 13
+    assert found == {"forward.logits", *group}
+    routes = [line for line in listed.outlines if "forward.logits" in line]
+    assert [line.partition("[")[2] for line in routes] == ["hub-torch-cpu-float64]"]
 
 
 def test_the_markers_are_registered(pytester: pytest.Pytester) -> None:

@@ -66,7 +66,7 @@ def test_a_plan_has_every_route_backend_and_dtype_of_a_check(tmp_path: Path, pla
     on_cpu = {
         (route, dtype) for check, backend, route, dtype in asked if (check, backend) == ("forward.logits", "torch-cpu")
     }
-    assert on_cpu == {(route, "float64") for route in ("direct", "pretrained", "remote_code")}
+    assert on_cpu == {(route, "float64") for route in ("direct", "pretrained", "remote_code", "hub")}
     halves = {dtype for check, backend, _, dtype in asked if (check, backend) == ("precision.logits", "torch-cpu")}
     assert halves == {"float32", "bfloat16", "float16", "autocast"}
     # A device is asked for one route, and in float32 where it has no float64.
@@ -86,7 +86,7 @@ def test_the_main_route_is_the_way_a_port_loads(tmp_path: Path, plain_port: Plai
     for load, route in ways.items():
         items = plan([plain_port(tmp_path, load=load)], Options(checks=["forward.logits"], backends=["torch-cpu"]))
         assert items[0].route == route
-        assert sorted(item.route for item in items) == sorted({route, "direct", "pretrained", "remote_code"})
+        assert sorted(item.route for item in items) == sorted({route, "direct", "pretrained", "remote_code", "hub"})
 
 
 def test_a_plan_follows_the_catalogue_port_by_port(tmp_path: Path, plain_port: PlainPort) -> None:
@@ -303,6 +303,7 @@ def test_a_port_that_lacks_the_check_of_a_route_lacks_the_route(tmp_path: Path, 
         "direct": "passed",
         "pretrained": "skipped",
         "remote_code": "skipped",
+        "hub": "skipped",
     }
 
 

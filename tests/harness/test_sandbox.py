@@ -25,7 +25,7 @@ import transformers
 
 import harness.sandbox
 from harness.errors import Mismatch
-from harness.sandbox import Answer, Sandbox, SandboxFailure, jobs
+from harness.sandbox import Answer, Sandbox, SandboxFailure, jobs, models
 
 PACKAGE = "sandbox_tiny_model"
 HARNESS = Path(harness.sandbox.__file__).parents[1]
@@ -177,7 +177,7 @@ def run(sandbox: Sandbox, source: Path) -> Callable[..., Answer]:
     """Runs a directory with the source tree and the harness hidden."""
 
     def run_directory(directory: str | Path, **changes: Any) -> Answer:
-        options = {key: changes.pop(key) for key in ("poisoned_memory",) if key in changes}
+        options = {key: changes.pop(key) for key in ("poisoned_memory", "cache") if key in changes}
         request = {"directory": str(directory), "dtype": "float64", **changes}
         return sandbox.run("load_and_run", request, tensors=INPUTS, hidden_paths=[source, HARNESS], **options)
 
@@ -236,7 +236,7 @@ def test_outputs_equal_the_local_ones(run: Callable[..., Answer], saved: Path, m
     assert values["tied"][2]["missing"] == ["nowhere"]
     described = values["parameters"]["up.weight"]
     assert (described["shape"], described["dtype"], described["finite"]) == ([8, 8], "float64", True)
-    assert described["checksum"] == jobs.checksum(model.up.weight)
+    assert described["checksum"] == models.checksum(model.up.weight)
     assert values["outputs"] == {"logits": "Tensor"}
     assert answer.seconds > 0
 
@@ -306,6 +306,33 @@ def test_a_module_that_cannot_be_preloaded_in_the_background_is_named_by_the_fir
 
 
 # Fresh
+
+
+def test_a_given_cache_goes_from_job_to_job_and_to_another_sandbox(
+    run: Callable[..., Answer], variant: Variant, sandbox: Sandbox, tmp_path: Path
+) -> None:
+    code = """
+        import os
+        mark = open(os.path.join(os.environ["HF_HOME"], "mark"), "a")
+        mark.write("x")
+        mark.close()
+        offline = os.environ.get("HF_HUB_OFFLINE") == "1"
+        if open(mark.name).read() == "xxx" and offline:
+            raise ImportError("third, and offline")
+        if os.environ.get("HF_ENDPOINT") == "http://127.0.0.1:9" and offline:
+            raise ImportError("offline with a Hub")
+        """
+    directory, cache = variant(at_import=code), tmp_path / "cache"
+    mark = cache / "mark"
+    run(directory, cache=cache)
+    assert mark.read_text() == "x"
+    run(directory)
+    assert mark.read_text() == "x"
+    with Sandbox(tmp_path, endpoint="http://127.0.0.1:9") as other:
+        other.run("load_and_run", {"directory": directory, "dtype": "float64"}, tensors=INPUTS, cache=cache)
+    assert mark.read_text() == "xx"
+    assert "third, and offline" in str(failure(run, directory, cache=cache))
+    assert mark.read_text() == "xxx"
 
 
 def test_every_job_finds_everything_empty(run: Callable[..., Answer], variant: Variant) -> None:

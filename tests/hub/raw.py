@@ -56,7 +56,7 @@ def threads_of(wire: Wire) -> list[str]:
 def serving(handler: Handler = echo, **options: Any) -> Iterator[Served]:
     """A server on a port of its own; leaves no thread."""
     log: list[str] = []
-    faults, journal = Faults(), Journal()
+    faults, journal = Faults(), options.pop("journal", Journal())
     wire = Wire(handler, faults=faults, journal=journal, log=log.append, **{"move": log.append, **options})
     wire.start()
     try:

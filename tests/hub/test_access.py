@@ -131,6 +131,33 @@ def test_a_token_to_read_does_not_write_even_ones_own(shared: HubServer, client:
 
 
 @pytest.mark.hub
+def test_whoever_sees_a_repository_may_open_a_pull_request_and_change_no_branch(
+    shared: HubServer, client: Client
+) -> None:
+    script = """
+    def put(**options):
+        operations = [CommitOperationAdd("w.bin", given["text"].encode()), CommitOperationAdd("t.txt", b"t")]
+        return api.create_commit("alice/public", operations, commit_message="mine", **options)
+
+
+    answer = [
+        tried(lambda: put(create_pr=True)),
+        tried(lambda: put(revision="refs/pr/1")),
+        tried(put),
+        sorted(api.list_repo_files("alice/public")),
+    ]
+    """
+    main = [".gitattributes", "f"]
+    bob = client(shared, script, token="hf_bob", text="bob's own")
+    assert bob == ["ok", "ok", "HfHubHTTPError 403", main]
+    assert client(shared, script, token="hf_carol_reads", text="carol's") == ["HfHubHTTPError 403"] * 3 + [main]
+    missing = "RepositoryNotFoundError 401"
+    assert client(shared, script, token=None, text="nobody's") == [missing] * 3 + [main]
+    proposed = client(shared, 'answer = api.list_repo_files("alice/public", revision="refs/pr/1")')
+    assert sorted(proposed) == [*main, "t.txt", "w.bin"]
+
+
+@pytest.mark.hub
 def test_a_gated_repository_gives_its_files_to_those_who_were_given_access(shared: HubServer, client: Client) -> None:
     only = ["info", "files", "download", "check"]
     told = {

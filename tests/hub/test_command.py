@@ -140,7 +140,7 @@ def test_fsck_says_what_is_wrong_and_where(serve: Callable[..., Any], tmp_path: 
         f"{url}/api/repos/create", data=body, headers={"Authorization": "Bearer hf_alice"}, method="POST"
     )
     urllib.request.urlopen(request).close()
-    fsck = [*PARITY, "fsck", "--root", str(root)]
+    fsck = [*PARITY, "fsck", str(root)]
     process.terminate()
     process.wait()
     sound = subprocess.run(fsck, capture_output=True, text=True)
@@ -154,6 +154,10 @@ def test_fsck_says_what_is_wrong_and_where(serve: Callable[..., Any], tmp_path: 
     broken = subprocess.run(fsck, capture_output=True, text=True)
     assert broken.returncode == 1
     assert blob.name[:12] in broken.stdout and "refs/heads/main" in broken.stdout
+    for same in (["--root", str(root), "fsck"], ["fsck", "--root", str(root)]):
+        assert subprocess.run([*PARITY, *same], capture_output=True, text=True).stdout == broken.stdout
+    nothing = subprocess.run([*PARITY, "fsck"], capture_output=True, text=True)
+    assert (nothing.returncode, "fsck needs the root" in nothing.stderr) == (2, True)
     missing = subprocess.run([*PARITY, "fsck", "--root", str(tmp_path / "none")], capture_output=True, text=True)
     assert (missing.returncode, missing.stderr) == (2, f"parity: there is no directory {tmp_path / 'none'}\n")
 
@@ -175,6 +179,7 @@ def test_faults_and_the_journal_are_there_only_when_asked_for(serve: Callable[..
     assert status == 400 and "nonsense" in answer["error"]
     assert ask("GET", f"{url}/__hub__/faults") == (200, {"faults": []})
     assert ask("POST", f"{url}/__hub__/faults", {"faults": [fault]})[1]["faults"] == [fault]
+    assert ask("PUT", f"{url}/__hub__/faults", {"faults": [fault]})[1]["faults"] == [fault]
     assert [ask("GET", f"{url}/api/models")[0] for _ in range(2)] == [418, 200]
     seen = ask("GET", f"{url}/__hub__/journal")[1]["requests"]
     assert [(entry["target"], entry["status"]) for entry in seen] == [("/api/models", 418), ("/api/models", 200)]

@@ -67,12 +67,10 @@ STEPS = """
     for step in range(steps):
         child = os.fork()
         if child == 0:
-            left = step
+            left = iter(range(step))
 
             def count(statement):
-                global left
-                left -= 1
-                if left < 0:
+                if next(left, None) is None:
                     os.kill(os.getpid(), signal.SIGKILL)
 
             store = Store(root)
@@ -91,6 +89,45 @@ STEPS = """
             break
     os.close(write_end)
     print(json.dumps(["acknowledged", open(read_end).read().split()]), flush=True)
+"""
+OPENING = """
+    # The same for a root that is being made.
+    import os, signal, sqlite3, sys
+    from pathlib import Path
+    from harness.hub.fsck import fsck
+    from harness.hub.store import Store
+
+    connect = sqlite3.connect
+
+    def open_and_die(root, step):
+        left = iter(range(step))
+
+        def count(statement):
+            if next(left, None) is None:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        def traced(*arguments, **keywords):
+            connection = connect(*arguments, **keywords)
+            connection.set_trace_callback(count)
+            return connection
+
+        sqlite3.connect = traced
+        Store(root)
+        os._exit(0)
+
+    for step in range(100):
+        root = Path(sys.argv[1]) / str(step)
+        child = os.fork()
+        if child == 0:
+            open_and_die(root, step)
+        _, status = os.waitpid(child, 0)
+        store = Store(root)
+        store.create_repository("model", "alice", "m", private=False, author="alice")
+        store.close()
+        assert fsck(root) == [], step
+        if not os.WIFSIGNALED(status):
+            print(step)
+            break
 """
 
 
@@ -189,3 +226,10 @@ def test_killed_before_each_statement(tmp_path: Path) -> None:
     for before, after in itertools.pairwise(heads):
         assert after == before or parents[after] == before
     store.close()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+def test_killed_while_a_root_is_made(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", program(OPENING), str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > 15  # So many moments were tried, and then one that is not killed.

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import random
 import socket
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ import pytest
 from harness.hub.faults import FIELDS, Fault, Faults, fault_from_json, faults_from_json
 from harness.hub.messages import FilePart, Request, Response
 from harness.hub.refusals import Refusal
+from harness.hub.wire import Limits
 from tests.hub.raw import (
     GET,
     LIMIT,
@@ -101,6 +103,12 @@ def test_no_answer(end: str, how: str, data: bytes) -> None:
         assert bool(done) == (end == "apply_then_reset")
         (entry,) = served.journal.entries()
         assert (entry.status, entry.content_length, entry.fault) == (None, None, "/here")
+
+
+def test_a_clean_end_before_the_answer_is_clean_after_an_upload_too() -> None:
+    """All of the body is taken first: what is left unread when a connection ends makes a reset of it."""
+    with serving(limits=Limits(linger_seconds=0.001)) as served:
+        assert asked(served, request("PUT", "/x", bytes(20_000_000)), Fault(match="", close_before=True)) == (b"", END)
 
 
 @pytest.mark.parametrize("count", [0, 1, 1_000_000, len(CONTENT) - 1, len(CONTENT), len(CONTENT) + 1])
@@ -271,6 +279,14 @@ def test_no_length_at_all(served: Served) -> None:
     assert served.journal.entries()[0].content_length is None
 
 
+def test_a_length_that_is_no_number(served: Served) -> None:
+    data, ended = asked(served, GET + GET, Fault(match="", set_headers={"Content-Length": "many"}))
+    head, _, content = data.partition(b"\r\n\r\n")
+    assert b"Content-Length: many" in head
+    assert (content, ended) == (CONTENT, END)
+    assert served.log == []
+
+
 def test_delay(served: Served) -> None:
     served.faults.add(Fault(match="/here", delay=0.2))
     before = time.monotonic()
@@ -339,21 +355,26 @@ def test_which_requests_are_met() -> None:
 
 
 def test_times_are_counted_once_each_among_threads() -> None:
-    faults = Faults(Fault(match="", status=503, skip=100, times=150))
+    faults = Faults(Fault(match="", status=503, skip=1000, times=1500))
     taken: list[Fault] = []
 
     def take() -> None:
-        for _ in range(50):
+        for _ in range(500):
             fault = faults.take("GET", "/")
             if fault is not None:
                 taken.append(fault)
 
     threads = [threading.Thread(target=take) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(taken) == 150
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(before)
+    assert len(taken) == 1500
 
 
 def test_there_and_back_through_json() -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import sqlite3
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -305,6 +306,25 @@ def test_a_store_that_is_open_can_be_verified(store: Store, repository: Reposito
     assert [problem.what for problem in fsck(store)] == ["content", "id in git"]
     put({"a": PLAIN})  # Mends it.
     assert fsck(store) == []
+
+
+def test_a_store_can_be_verified_while_commits_land(
+    store: Store, repository: Repository, put: Callable[..., Any]
+) -> None:
+    started, found = threading.Event(), []
+
+    def work() -> None:
+        for number in range(60):
+            put({f"d{number % 5}/{number}": b"%d" % number}, lfs={"w": b"%d" % number})
+            started.set()
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    started.wait()
+    while thread.is_alive():
+        found += fsck(store)
+    thread.join()
+    assert found == [] == fsck(store)
 
 
 def test_what_nobody_has_is_noted(store: Store, repository: Repository, put: Callable[..., Any]) -> None:

@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import sqlite3
 import subprocess
 import sys
+import textwrap
 import threading
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
@@ -494,7 +496,7 @@ def test_pages_have_every_path_once_in_order(
         assert set(whole) >= above and {path for path in whole if path not in above} >= set(files)
     found: list[str] = []
     while page := paths(store, repository, recursive=recursive, after=found[-1] if found else None, count=count):
-        assert len(page) <= count
+        assert len(page) <= count and (not found or page[0] > found[-1])
         found += page
     assert found == whole
     # Also from a path that is not there.
@@ -622,6 +624,21 @@ def test_what_is_kept_of_trees_in_memory_has_an_end(
     assert len([path for path in paths(store, repository) if path in files]) == len(files)
     kept = store._trees._kept
     assert sum(len(children) + 1 for children in kept.values()) == store._trees._entries <= 10
+
+
+@pytest.mark.parametrize("sql", ["DELETE FROM trees", "UPDATE trees SET content = x'00'", "DELETE FROM files"])
+def test_what_the_database_has_lost_is_said(store: Store, repository: Repository, sql: str) -> None:
+    with store.database.transaction() as connection:
+        connection.execute(sql)
+    with pytest.raises(RuntimeError, match=r"missing from .* or damaged; run parity hub fsck"):
+        paths(store, repository)
+
+
+def test_no_commit_is_made_on_one_that_is_lost(store: Store, repository: Repository, put: Put) -> None:
+    with store.database.transaction() as connection:
+        connection.execute("DELETE FROM commits")
+    with pytest.raises(RuntimeError, match=r"the commit .* is missing"):
+        put({"a": b"1"})
 
 
 # Contents of repositories
@@ -770,6 +787,39 @@ def test_two_stores_on_one_root_refuse_each_other(tmp_path: Path) -> None:
     assert other.returncode != 0 and f"process {os.getpid()}" in other.stderr.splitlines()[-1]
     store.close()
     Store(root).close()
+
+
+def test_a_child_that_lives_on_does_not_keep_the_root(tmp_path: Path) -> None:
+    program = """
+    import os, sys, time
+    from pathlib import Path
+    from harness.hub.store import Store
+    store = Store(Path(sys.argv[1]))
+    child = os.fork()
+    if child == 0:
+        time.sleep(600)
+    try:
+        store.close()
+        Store(Path(sys.argv[1])).close()
+    finally:
+        os.kill(child, 9)
+        os.waitpid(child, 0)
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(program), str(tmp_path / "root")], capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()
+
+
+def test_a_root_that_cannot_be_locked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("harness.hub.database.fcntl.flock", refuse)
+    with pytest.raises(DescriptionError, match=r"cannot be locked .No locks available.; give a root on a local disk"):
+        Store(tmp_path / "root")
+
+
+def test_others_on_the_machine_cannot_look_into_a_root(store: Store) -> None:
+    assert store.root.stat().st_mode & 0o077 == 0
 
 
 def test_what_a_killed_writer_left_is_swept(tmp_path: Path) -> None:

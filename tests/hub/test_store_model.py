@@ -376,6 +376,7 @@ class StoreMachine(RuleBasedStateMachine):
         while page := self.store.entries(
             repository, oid, recursive=True, after=paged[-1].path if paged else None, count=3
         ):
+            assert not paged or page[0].path > paged[-1].path
             paged += page
         assert paged == entries
         for entry in entries:

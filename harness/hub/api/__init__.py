@@ -15,8 +15,9 @@ from harness.hub.messages import Handler, Request, Response
 from harness.hub.refusals import Refusal
 from harness.hub.store import Repository
 
-Access = Literal["see", "download", "write", "own"]
-"""What a sender needs: to see the repository, its files, to write to it, or to write even where it is disabled."""
+Access = Literal["see", "download", "propose", "write", "own"]
+"""What a sender needs: to see the repository, its files, to open a pull request there (whoever sees it and has a token
+to write), to write to it, or to write even where it is disabled."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,14 +71,14 @@ FILES: Mapping[tuple[str, str], Endpoint] = {
     ("GET", "raw"): Endpoint(run=files.resolve, access="download", rest=(2, ANY)),
     ("HEAD", "raw"): Endpoint(run=files.resolve, access="download", rest=(2, ANY)),
     ("POST", "ask-access"): Endpoint(run=repositories.ask_access),
-    ("POST", "info"): Endpoint(run=lfs.batch, access="write", rest=(3, 3)),
+    ("POST", "info"): Endpoint(run=lfs.batch, access="propose", rest=(3, 3)),
 }
 """Endpoints below /{id}/; git's LFS interface is at /{id}.git/info/lfs/."""
 
 VERBS = frozenset(verb for table in (REPOSITORY, FILES) for _, verb in table if verb)
 
-CREATE_PULL_REQUEST = frozenset({"commit", "preupload"})
-"""Endpoints that whoever sees a repository may use to open a pull request."""
+PROPOSING = frozenset({"commit", "preupload"})
+"""Endpoints that write to a branch, or to a pull request, which others may open and add to."""
 
 
 def handler(hub: Hub) -> Handler:
@@ -135,11 +136,9 @@ def _repository(
             return _redirect(request, kind, identifier, moved)
     if repository is None or not hub.accounts.may_see(repository, account):
         raise no_repository(account, identifier)
-    access = endpoint.access
-    if access == "write" and verb in CREATE_PULL_REQUEST and request.asked("create_pr") in ("1", "true"):
-        access = "see"
-    _require(hub, repository, account, access)
     call = RepositoryCall(hub=hub, request=request, account=account, repository=repository, rest=tuple(rest))
+    proposes = verb in PROPOSING and (call.flag("create_pr") or call.revision().startswith("refs/pr/"))
+    _require(hub, repository, account, "propose" if proposes else endpoint.access)
     return endpoint.run(call)
 
 
@@ -163,14 +162,14 @@ def _require(hub: Hub, repository: Repository, account: Account | None, access: 
     """Raises the Refusal that has the client raise what it would against the real Hub."""
     if repository.disabled and access != "own":
         raise Refusal(kind="disabled", message="Access to this resource is disabled.")
-    if access in ("write", "own") and not hub.accounts.may_write(repository.owner, account):
+    if access in ("propose", "write", "own"):
         if account is None:
             raise no_repository(None, repository.id)
-        if account.role != "write" and hub.accounts.role_in(repository.owner, account) is not None:
+        if account.role != "write":
             message = f"the token of {account.name} is for reading; writing to {repository.id} needs a write token"
-        else:
-            message = f"{account.name} has no right to write to {repository.id}"
-        raise Refusal(kind="forbidden", message=message)
+            raise Refusal(kind="forbidden", message=message)
+        if access != "propose" and not hub.accounts.may_write(repository.owner, account):
+            raise Refusal(kind="forbidden", message=f"{account.name} has no right to write to {repository.id}")
     if access == "download" and not hub.accounts.may_download(repository, account):
         kind: Literal["gated", "gated_for_anonymous"] = "gated_for_anonymous" if account is None else "gated"
         raise Refusal(

@@ -12,16 +12,18 @@ ROOT = "__hub__"
 
 
 def answer(hub: Hub, request: Request) -> Response:
-    """/__hub__/faults: GET lists, POST adds {"faults": [...]}, DELETE clears; /__hub__/journal: GET, DELETE."""
+    """/__hub__/faults: GET, POST {"faults": [...]} adds, PUT replaces, DELETE; /__hub__/journal: GET, DELETE."""
     if not hub.faults_over_http:
         raise Refusal(kind="no_such_page", message="this Hub was not started with --faults")
     page = request.path[1:]
     if page == ("faults",):
         if request.method == "GET":
             return json_response({"faults": hub.faults.as_json()})
-        if request.method == "POST":
-            body = json_object(request.body.read(limit=JSON_BYTES), what="the body")
-            hub.faults.add(*faults_from_json(body.get("faults")))
+        if request.method in ("POST", "PUT"):
+            faults = faults_from_json(json_object(request.body.read(limit=JSON_BYTES), what="the body").get("faults"))
+            if request.method == "PUT":
+                hub.faults.clear()
+            hub.faults.add(*faults)
             return json_response({"faults": hub.faults.as_json()})
         if request.method == "DELETE":
             hub.faults.clear()
