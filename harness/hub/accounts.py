@@ -118,7 +118,7 @@ class Accounts:
         connection.execute("INSERT OR IGNORE INTO owners VALUES (?, ?)", (name, kind))
         (row,) = connection.execute("SELECT name, kind FROM owners WHERE name = ?", (name,)).fetchall()
         if row != (name, kind):
-            raise Refusal(kind="exists", message=f"'{name}' cannot be the name of a {kind}: {row[0]} is a {row[1]}")
+            raise Refusal(kind="exists", message=f"'{row[0]}' is the name of a {row[1]} already")
 
     def remove_token(self, token: str) -> None:
         """Makes a token invalid from now on, as one that has expired."""
