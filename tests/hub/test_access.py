@@ -198,12 +198,13 @@ def test_a_gated_repository_gives_its_files_to_those_who_were_given_access(share
         tried(lambda: api.accept_access_request("alice/manual", "bob")),
         tried(lambda: api.grant_access("alice/manual", "nobody")),
         tried(lambda: list(api.list_pending_access_requests("alice/public"))),
+        tried(lambda: api.accept_access_request("alice/auto", "carol")),
     ]
     """
-    pending, accepted, again, unknown, ungated = client(shared, decide)
+    pending, accepted, again, unknown, ungated, unasked = client(shared, decide)
     assert (pending, accepted) == (["bob"], ["bob", "carol"])
     assert again == ungated == "BadRequestError 400"
-    assert unknown == "HfHubHTTPError 404"
+    assert unknown == unasked == "HfHubHTTPError 404"
     download = 'answer = tried(lambda: hf_hub_download("alice/manual", "f"))'
     assert [client(shared, download, token=token) for token in ("hf_bob", "hf_carol")] == ["ok", "ok"]
     client(shared, 'api.reject_access_request("alice/manual", "bob", rejection_reason=None)')
@@ -273,6 +274,12 @@ def test_a_user_who_cannot_be_is_refused_with_the_reason(user: User, said: str, 
     with pytest.raises(Refusal) as refusal:
         shared.accounts.add_user(user)
     assert said in str(refusal.value)
+
+
+def test_a_name_is_taken_in_any_case(shared: HubServer) -> None:
+    for name in ("Alice", "TEAM"):
+        with pytest.raises(Refusal, match="already"):
+            shared.accounts.add_user(User(name=name, token="other"))
 
 
 def test_members_must_be_users_and_a_failed_organisation_leaves_nothing(shared: HubServer) -> None:

@@ -111,6 +111,7 @@ def test_it_stops_cleanly_and_what_was_there_is_there_again(
         (["--host", "0.0.0.0"], "0.0.0.0 is not a loopback address"),
         (["--host", "nowhere.invalid"], "not a loopback address"),
         (["--port", "70000"], "--port 70000: a port is"),
+        (["--root", "/dev/null"], "/dev/null cannot be the root of a Hub"),
     ],
 )
 def test_what_cannot_be_served_is_one_line_and_exit_2(options: list[str], said: str, tmp_path: Path) -> None:
