@@ -82,7 +82,8 @@ class Accounts:
         database.execute_script(SCHEMA)
 
     def add_user(self, user: User) -> None:
-        """Makes a user known, or gives one a further token. Raises Refusal for a name that cannot be one."""
+        """Makes a user known, or gives one a further token. Raises Refusal for a name that cannot be one, and for a
+        token that another user has."""
         check_owner(user.name)
         if user.role not in TOKEN_ROLES:
             raise Refusal(
@@ -94,8 +95,11 @@ class Accounts:
             )
         with self._database.transaction() as connection:
             self._add_owner(connection, user.name, "user")
+            known = connection.execute("SELECT user FROM tokens WHERE digest = ?", (digest(user.token),)).fetchall()
+            if known not in ([], [(user.name,)]):
+                raise Refusal(kind="exists", message=f"the token of {user.name} is that of {known[0][0]} already")
             connection.execute(
-                "INSERT INTO tokens VALUES (?, ?, ?) ON CONFLICT (digest) DO UPDATE SET user = ?2, role = ?3",
+                "INSERT INTO tokens VALUES (?, ?, ?) ON CONFLICT (digest) DO UPDATE SET role = ?3",
                 (digest(user.token), user.name, user.role),
             )
 

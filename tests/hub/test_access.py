@@ -268,6 +268,7 @@ def test_tokens_are_stored_hashed_only(shared: HubServer) -> None:
         (User(name="dave", token="two words"), "token of dave"),
         (User(name="dave", token="t", role="admin"), "read"),  # type: ignore[arg-type]
         (User(name="team", token="t"), "organisation already"),
+        (User(name="dave", token="hf_alice"), "that of alice already"),
     ],
 )
 def test_a_user_who_cannot_be_is_refused_with_the_reason(user: User, said: str, shared: HubServer) -> None:

@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import urllib.request
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +16,10 @@ import pytest
 
 from harness.hub import HubServer, Sizes
 from harness.hub.server import client_environment
+from harness.hub.store import AddFile
 
 
-def send(method: str, url: str, body: bytes) -> tuple[dict[str, str], Any]:
+def send(method: str, url: str, body: bytes | None) -> tuple[dict[str, str], Any]:
     """Headers and JSON of an answer."""
     headers = {"Authorization": "Bearer hf_alice"} if "__lfs__" not in url else {}
     with urllib.request.urlopen(urllib.request.Request(url, data=body, headers=headers, method=method)) as response:
@@ -47,6 +50,24 @@ def test_an_upload_in_parts_goes_on_after_a_restart(tmp_path: Path) -> None:
         hub.stop()
         hub.start()
         assert not left.exists()
+
+
+def test_a_listing_goes_on_where_it_stopped_whatever_is_deleted_meanwhile(tmp_path: Path) -> None:
+    ticks = itertools.count()
+    with HubServer(tmp_path / "hub", clock=lambda: datetime.fromtimestamp(next(ticks), UTC)) as hub:
+
+        def listed(query: str) -> tuple[list[str], str]:
+            headers, found = send("GET", f"{hub.url}/api/models?{query}", None)
+            return [one["id"] for one in found], headers.get("Link", "").partition("?")[2].partition(">")[0]
+
+        made = [hub.store.create_repository("model", "alice", n, private=False, author="alice") for n in "abcd"]
+        operation = AddFile("f", hub.store.blobs.add([b"1"]).sha256)
+        hub.store.commit(made[1], "main", [operation], title="change", message="", author="alice")
+        assert listed("sort=createdAt")[0] == ["alice/d", "alice/c", "alice/b", "alice/a"]
+        assert listed("sort=lastModified")[0] == ["alice/b", "alice/d", "alice/c", "alice/a"]
+        first, then = listed("limit=2")
+        hub.store.delete_repository(made[1])
+        assert (first, *listed(then)) == (["alice/d", "alice/c"], ["alice/a"], "")
 
 
 def test_a_secret_that_was_not_written_is_made_anew(tmp_path: Path) -> None:
