@@ -144,17 +144,22 @@ def test_whoever_sees_a_repository_may_open_a_pull_request_and_change_no_branch(
         tried(lambda: put(create_pr=True)),
         tried(lambda: put(revision="refs/pr/1")),
         tried(put),
+        tried(lambda: api.create_pull_request("alice/public", "mine, without changes yet")),
         sorted(api.list_repo_files("alice/public")),
     ]
     """
     main = [".gitattributes", "f"]
     bob = client(shared, script, token="hf_bob", text="bob's own")
-    assert bob == ["ok", "ok", "HfHubHTTPError 403", main]
-    assert client(shared, script, token="hf_carol_reads", text="carol's") == ["HfHubHTTPError 403"] * 3 + [main]
+    assert bob == ["ok", "ok", "HfHubHTTPError 403", "ok", main]
+    assert client(shared, script, token="hf_carol_reads", text="carol's") == ["HfHubHTTPError 403"] * 4 + [main]
+    # Of others' pull requests only those who may write to the repository take care.
+    carol = client(shared, script, token="hf_carol", text="carol's")
+    assert carol == ["ok", "HfHubHTTPError 403", "HfHubHTTPError 403", "ok", main]
     missing = "RepositoryNotFoundError 401"
-    assert client(shared, script, token=None, text="nobody's") == [missing] * 3 + [main]
+    assert client(shared, script, token=None, text="nobody's") == [missing] * 4 + [main]
     proposed = client(shared, 'answer = api.list_repo_files("alice/public", revision="refs/pr/1")')
     assert sorted(proposed) == [*main, "t.txt", "w.bin"]
+    assert client(shared, script, text="alice's")[1] == "ok"
 
 
 @pytest.mark.hub

@@ -57,7 +57,7 @@ REPOSITORY: Mapping[tuple[str, str], Endpoint] = {
     ("POST", "tag"): Endpoint(run=refs.create_tag, access="write", rest=(1, 1)),
     ("DELETE", "tag"): Endpoint(run=refs.delete_tag, access="write", rest=(1, ANY)),
     ("GET", "discussions"): Endpoint(run=refs.discussions, rest=(0, 1)),
-    ("POST", "discussions"): Endpoint(run=refs.open_pull_request, access="write"),
+    ("POST", "discussions"): Endpoint(run=refs.open_pull_request, access="propose"),
     ("POST", "preupload"): Endpoint(run=commits.preupload, access="write", rest=(1, 1)),
     ("POST", "commit"): Endpoint(run=commits.commit, access="write", rest=(1, 1)),
     ("GET", "xet-read-token"): Endpoint(run=lfs.refuse_xet, rest=(0, 1)),
@@ -76,7 +76,7 @@ FILES: Mapping[tuple[str, str], Endpoint] = {
 """Endpoints below /{id}/; git's LFS interface is at /{id}.git/info/lfs/."""
 
 PROPOSING = frozenset({"commit", "preupload"})
-"""Endpoints that write to a branch, or to a pull request, which others may open and add to."""
+"""Endpoints that write to a branch, or to a pull request, which others may open and then add to their own."""
 
 
 def handler(hub: Hub) -> Handler:
@@ -138,7 +138,7 @@ def _repository(
     if endpoint is None:
         raise _no_endpoint(request, known)
     call = RepositoryCall(hub=hub, request=request, account=account, repository=repository, rest=tuple(rest))
-    proposes = verb in PROPOSING and (call.flag("create_pr") or call.revision().startswith("refs/pr/"))
+    proposes = verb in PROPOSING and (call.flag("create_pr") or _is_own_pull_request(call))
     _require(hub, repository, account, "propose" if proposes else endpoint.access)
     return endpoint.run(call)
 
@@ -165,6 +165,14 @@ def _readings(segments: tuple[str, ...]) -> Iterator[tuple[str, tuple[str, ...]]
             if rest[:2] == ("info", "lfs"):
                 identifier = identifier.removesuffix(".git")
             yield identifier, rest or ("",)
+
+
+def _is_own_pull_request(call: RepositoryCall) -> bool:
+    """Whether the revision is a pull request that the sender has opened."""
+    if call.account is None or not call.revision().startswith("refs/pr/"):
+        return False
+    refs = call.hub.store.refs(call.repository)
+    return any(ref.full == call.revision() and ref.author == call.account.name for ref in refs)
 
 
 def _require(hub: Hub, repository: Repository, account: Account | None, access: Access) -> None:
