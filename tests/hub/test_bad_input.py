@@ -102,6 +102,20 @@ def head(ask: Ask) -> str:
         (
             lines(
                 {"key": "header", "value": {"summary": "s"}},
+                {"key": "file", "value": {"path": "a", "content": "x", "encoding": "rot13"}},
+            ),
+            "'rot13'",
+        ),
+        (
+            lines(
+                {"key": "header", "value": {"summary": "s"}},
+                {"key": "file", "value": {"path": "a", "content": "\ud800"}},
+            ),
+            "must be text",
+        ),
+        (
+            lines(
+                {"key": "header", "value": {"summary": "s"}},
                 {"key": "lfsFile", "value": {"path": "a", "algo": "md5", "oid": "x"}},
             ),
             "sha256",
