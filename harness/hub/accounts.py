@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Literal
 
-from harness.hub.names import repository_parts
+from harness.hub.names import is_text, repository_parts
 from harness.hub.refusals import Refusal
 
 if TYPE_CHECKING:
@@ -82,7 +82,8 @@ class Accounts:
         database.execute_script(SCHEMA)
 
     def add_user(self, user: User) -> None:
-        """Makes a user known, or gives one a further token. Raises Refusal for a name that cannot be one."""
+        """Makes a user known, or gives one a further token. Raises Refusal for a name that cannot be one, and for a
+        token that another user has."""
         check_owner(user.name)
         if user.role not in TOKEN_ROLES:
             raise Refusal(
@@ -94,8 +95,11 @@ class Accounts:
             )
         with self._database.transaction() as connection:
             self._add_owner(connection, user.name, "user")
+            known = connection.execute("SELECT user FROM tokens WHERE digest = ?", (digest(user.token),)).fetchall()
+            if known not in ([], [(user.name,)]):
+                raise Refusal(kind="exists", message=f"the token of {user.name} is that of {known[0][0]} already")
             connection.execute(
-                "INSERT INTO tokens VALUES (?, ?, ?) ON CONFLICT (digest) DO UPDATE SET user = ?2, role = ?3",
+                "INSERT INTO tokens VALUES (?, ?, ?) ON CONFLICT (digest) DO UPDATE SET role = ?3",
                 (digest(user.token), user.name, user.role),
             )
 
@@ -116,9 +120,9 @@ class Accounts:
 
     def _add_owner(self, connection: sqlite3.Connection, name: str, kind: str) -> None:
         connection.execute("INSERT OR IGNORE INTO owners VALUES (?, ?)", (name, kind))
-        (row,) = connection.execute("SELECT kind FROM owners WHERE name = ?", (name,)).fetchall()
-        if row[0] != kind:
-            raise Refusal(kind="exists", message=f"'{name}' is the name of a {row[0]} already")
+        (row,) = connection.execute("SELECT name, kind FROM owners WHERE name = ?", (name,)).fetchall()
+        if row != (name, kind):
+            raise Refusal(kind="exists", message=f"'{row[0]}' is the name of a {row[1]} already")
 
     def remove_token(self, token: str) -> None:
         """Makes a token invalid from now on, as one that has expired."""
@@ -137,7 +141,8 @@ class Accounts:
 
     def has_user(self, name: str) -> bool:
         """Whether a user of that name is known."""
-        return bool(self._database.read("SELECT 1 FROM owners WHERE name = ? AND kind = 'user'", (name,)))
+        sql = "SELECT 1 FROM owners WHERE name = ? AND kind = 'user'"
+        return is_text(name) and bool(self._database.read(sql, (name,)))
 
     def organisations_of(self, user: str) -> Mapping[str, MemberRole]:
         """The organisations of a user, and the role in each."""
@@ -162,13 +167,13 @@ class Accounts:
         """Whether somebody who sees a repository gets its files: a gated one's only once access was given."""
         if not repository.gated or self.role_in(repository.owner, account) is not None:
             return True
-        return account is not None and self._status(repository, account.name) == "accepted"
+        return account is not None and self.access_of(repository, account.name) == "accepted"
 
     # Access to gated repositories
 
     def request_access(self, repository: Repository, user: str) -> AccessStatus:
         """Asks for access; a repository gated "auto" gives it at once. A decision that was taken stands."""
-        known = self._status(repository, user)
+        known = self.access_of(repository, user)
         if known is not None and known != "pending":
             return known
         status: AccessStatus = "accepted" if repository.gated == "auto" else "pending"
@@ -197,7 +202,10 @@ class Accounts:
         )
         return [AccessRequest(user=row[0], status=row[1], time=row[2]) for row in rows]
 
-    def _status(self, repository: Repository, user: str) -> AccessStatus | None:
+    def access_of(self, repository: Repository, user: str) -> AccessStatus | None:
+        """Where a user's request stands; None where there is none."""
+        if not is_text(user):
+            return None
         rows = self._database.read(
             "SELECT status FROM access WHERE repository = ? AND user = ?", (repository.key, user)
         )

@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from harness.errors import ParityError
+from harness.hub.names import is_commit
 from harness.hub.objects import blob_oid
 
 if TYPE_CHECKING:
@@ -49,7 +51,8 @@ def verified_snapshot(
     Both client lines give up on what passes (a 503 on GET with 2.x, on a listing with 0.36; a 429; a reset), and
     believe a file of the right size. Here each step is tried `attempts` times, waiting `first_wait` seconds and then
     twice as long each time, or what Retry-After says; and each file must have the SHA-256 (LFS) or the git object id
-    (others) that the tree of the commit lists. A file that has another is removed from the cache and fetched anew.
+    (others) that the tree of the commit lists. A file that has another is removed from the cache and fetched anew, and
+    so is one in the directory that is not listed, or that other patterns left there, without being fetched.
 
     The revision is resolved once, so that all files are of one commit. The Hub must be reachable: a cache alone has
     nothing to be compared with.
@@ -67,16 +70,17 @@ def verified_snapshot(
         return _patiently(step, what=what, attempts=attempts, first_wait=first_wait)
 
     commit = patiently(lambda: api.repo_info(repo_id, revision=revision, repo_type=repo_type)).sha
-    listed = patiently(lambda: list(api.list_repo_tree(repo_id, recursive=True, revision=commit, repo_type=repo_type)))
-    chosen: Mapping[str, RepoFile] = {
-        file.path: file
-        for file in filter_repo_objects(
-            [entry for entry in listed if isinstance(entry, RepoFile)],
-            allow_patterns=_as_list(allow_patterns),
-            ignore_patterns=_as_list(ignore_patterns),
-            key=lambda file: file.path,
-        )
-    }
+    if commit is None or not is_commit(commit):
+        raise DownloadFailed(f"{what}: the Hub says that its commit is {commit!r}, which is none")
+    tree = patiently(lambda: list(api.list_repo_tree(repo_id, recursive=True, revision=commit, repo_type=repo_type)))
+    listed: Mapping[str, RepoFile] = {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
+    for name in listed:
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+            raise DownloadFailed(f"{what}: the Hub lists {name!r}, which is outside of the snapshot")
+    chosen = filter_repo_objects(
+        listed, allow_patterns=_as_list(allow_patterns), ignore_patterns=_as_list(ignore_patterns)
+    )
+    expected = set(chosen)
     for _ in range(attempts):
         folder = Path(
             patiently(
@@ -92,15 +96,20 @@ def verified_snapshot(
                 )
             )
         )
-        wrong = {name: found for name, file in chosen.items() if (found := _difference(folder / name, file))}
+        there = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
+        wrong = {
+            name: found
+            for name in sorted(expected | there)
+            if (found := _difference(folder / name, listed.get(name))) is not None
+        }
         if not wrong:
             return folder
         for name in wrong:
-            _forget(folder / name)
+            _forget(folder, name, listed.get(name))
     name, found = next(iter(wrong.items()))
     raise DownloadFailed(
-        f"{what}: {name} arrived {attempts} times and {found}; the copies were removed from the cache. Something"
-        " between here and the Hub changes what is sent"
+        f"{what}: {name} {found}, {attempts} times in a row; the copies were removed from the cache. Something between"
+        " here and the Hub changes what is sent"
     )
 
 
@@ -135,6 +144,8 @@ def may_pass(error: BaseException) -> bool:
         return True
     if isinstance(error, ConnectionError | TimeoutError):
         return True
+    if isinstance(error, json.JSONDecodeError | UnicodeDecodeError):  # a listing that came in part
+        return True
     return isinstance(error, OSError) and "Consistency check failed" in str(error)
 
 
@@ -145,8 +156,10 @@ def _asked_to_wait(error: BaseException) -> float | None:
     return float(value) if value.isdecimal() else None
 
 
-def _difference(path: Path, listed: RepoFile) -> str | None:
+def _difference(path: Path, listed: RepoFile | None) -> str | None:
     """What is wrong with a file that was downloaded; None where it is the one that is listed."""
+    if listed is None:
+        return "is in the snapshot and the Hub does not list it"
     if not path.is_file():
         return "is not in the snapshot"
     size = path.stat().st_size
@@ -160,11 +173,15 @@ def _difference(path: Path, listed: RepoFile) -> str | None:
     return None if found == expected else f"has the digest {found}, listed with {expected}"
 
 
-def _forget(path: Path) -> None:
+def _forget(folder: Path, name: str, listed: RepoFile | None) -> None:
     """Takes a file out of the cache, and the blob behind it: the client would take that again."""
-    blob = path.resolve()
-    path.unlink(missing_ok=True)
-    blob.unlink(missing_ok=True)
+    blobs = []
+    if listed is not None:
+        # Without links the client copies the blob of that name, where there is one.
+        digest = listed.lfs.sha256 if listed.lfs else listed.blob_id
+        blobs = [(folder / name).resolve(), folder.parents[1] / "blobs" / digest]
+    for path in (folder / name, *blobs):
+        path.unlink(missing_ok=True)
 
 
 def _as_list(patterns: str | Sequence[str] | None) -> list[str] | None:

@@ -80,7 +80,8 @@ Handler = Callable[[Request], Response]
 
 def json_response(value: Any, *, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
     """An answer in JSON."""
-    content = json.dumps(value, ensure_ascii=False).encode()
+    # Half a surrogate pair, which a client's JSON can bring along, is written as JSON escapes it.
+    content = json.dumps(value, ensure_ascii=False).encode(errors="backslashreplace")
     return Response(
         status=status, headers={"Content-Type": "application/json; charset=utf-8", **(headers or {})}, content=content
     )

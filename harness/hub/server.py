@@ -8,11 +8,13 @@ import os
 import secrets
 import shutil
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Self
+from urllib.parse import urlsplit
 
 from harness.errors import DescriptionError
 from harness.hub.accounts import Accounts, Organisation, User
@@ -27,7 +29,13 @@ from harness.hub.wire import Limits, Wire
 
 ALICE = User(name="alice", token="hf_alice")
 
+OLD_CACHES = ("TRANSFORMERS_CACHE", "PYTORCH_TRANSFORMERS_CACHE", "PYTORCH_PRETRAINED_BERT_CACHE")
+"""Where these are set transformers 4 prefers them; where they are not they would have it warn."""
+
 LOG = "server.log"
+SECRET_BYTES = 32
+UPLOAD_SECONDS = 24 * 3600.0
+"""How long the parts of an upload are kept for a client that goes on with it."""
 
 
 class HubServer:
@@ -91,7 +99,6 @@ class HubServer:
 
     def start(self) -> None:
         """Opens the store and begins to answer. After `stop` it is on the same port, with everything that was there."""
-        self.root.mkdir(parents=True, exist_ok=True)
         store = Store(self.root, clock=self._clock)
         try:
             accounts = Accounts(store.database, clock=self._clock)
@@ -100,7 +107,7 @@ class HubServer:
             for organisation in self._organisations:
                 accounts.add_organisation(organisation)
             uploads = self.root / "uploads"
-            shutil.rmtree(uploads, ignore_errors=True)  # what a killed server left half uploaded
+            _remove_old(uploads)
             hub = Hub(
                 store=store,
                 accounts=accounts,
@@ -188,7 +195,7 @@ class HubServer:
         self.store.set_branch(repository, move.get("branch", "main"), to=move["to"])
 
     def _write_log(self, line: str) -> None:
-        with self._log_lock, open(self.root / LOG, "a", encoding="utf-8") as file:
+        with self._log_lock, open(self.root / LOG, "a", encoding="utf-8", errors="backslashreplace") as file:
             file.write(line + "\n")
 
 
@@ -197,8 +204,11 @@ def client_environment(url: str, *, token: str | None, home: Path) -> dict[str, 
 
     They must be set before huggingface_hub or transformers is imported. An empty HF_TOKEN is none.
     """
+    home = home.absolute()
     around = [os.environ.get(name, "") for name in ("NO_PROXY", "no_proxy")]
-    direct = ",".join(dict.fromkeys(part for part in [*around, "127.0.0.1", "localhost"] if part))
+    direct = ",".join(
+        dict.fromkeys(part for part in [*around, "127.0.0.1", "localhost", urlsplit(url).hostname] if part)
+    )
     return {
         "HF_ENDPOINT": url,
         "HF_HOME": str(home),
@@ -206,6 +216,8 @@ def client_environment(url: str, *, token: str | None, home: Path) -> dict[str, 
         "HF_MODULES_CACHE": str(home / "modules"),
         "HF_TOKEN": token or "",
         "HF_TOKEN_PATH": str(home / "token"),
+        "HUGGING_FACE_HUB_TOKEN": "",
+        "HF_HUB_DISABLE_IMPLICIT_TOKEN": "0",
         "HF_HUB_OFFLINE": "0",
         "TRANSFORMERS_OFFLINE": "0",
         "HF_HUB_DISABLE_XET": "1",
@@ -213,6 +225,7 @@ def client_environment(url: str, *, token: str | None, home: Path) -> dict[str, 
         "DISABLE_SAFETENSORS_CONVERSION": "true",
         "NO_PROXY": direct,
         "no_proxy": direct,
+        **{name: str(home / "hub") for name in OLD_CACHES if name in os.environ},
     }
 
 
@@ -226,9 +239,18 @@ def is_loopback(host: str) -> bool:
 
 def _secret(path: Path) -> bytes:
     """Signs upload addresses; kept, so that an upload goes on when the server was started again."""
-    try:
-        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-            file.write(secrets.token_bytes(32))
-    except FileExistsError:
-        pass
-    return path.read_bytes()
+    secret = path.read_bytes() if path.exists() else b""
+    if len(secret) != SECRET_BYTES:  # also where a server was killed before it was written
+        secret = secrets.token_bytes(SECRET_BYTES)
+        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+            file.write(secret)
+    return secret
+
+
+def _remove_old(uploads: Path) -> None:
+    """Takes away what is left of uploads in parts that nobody goes on with."""
+    for upload in uploads.glob("*"):
+        if upload.stat().st_mtime < time.time() - UPLOAD_SECONDS:
+            shutil.rmtree(upload, ignore_errors=True)
+    for part in uploads.glob("*/*.unfinished"):
+        part.unlink()

@@ -144,17 +144,22 @@ def test_whoever_sees_a_repository_may_open_a_pull_request_and_change_no_branch(
         tried(lambda: put(create_pr=True)),
         tried(lambda: put(revision="refs/pr/1")),
         tried(put),
+        tried(lambda: api.create_pull_request("alice/public", "mine, without changes yet")),
         sorted(api.list_repo_files("alice/public")),
     ]
     """
     main = [".gitattributes", "f"]
     bob = client(shared, script, token="hf_bob", text="bob's own")
-    assert bob == ["ok", "ok", "HfHubHTTPError 403", main]
-    assert client(shared, script, token="hf_carol_reads", text="carol's") == ["HfHubHTTPError 403"] * 3 + [main]
+    assert bob == ["ok", "ok", "HfHubHTTPError 403", "ok", main]
+    assert client(shared, script, token="hf_carol_reads", text="carol's") == ["HfHubHTTPError 403"] * 4 + [main]
+    # Of others' pull requests only those who may write to the repository take care.
+    carol = client(shared, script, token="hf_carol", text="carol's")
+    assert carol == ["ok", "HfHubHTTPError 403", "HfHubHTTPError 403", "ok", main]
     missing = "RepositoryNotFoundError 401"
-    assert client(shared, script, token=None, text="nobody's") == [missing] * 3 + [main]
+    assert client(shared, script, token=None, text="nobody's") == [missing] * 4 + [main]
     proposed = client(shared, 'answer = api.list_repo_files("alice/public", revision="refs/pr/1")')
     assert sorted(proposed) == [*main, "t.txt", "w.bin"]
+    assert client(shared, script, text="alice's")[1] == "ok"
 
 
 @pytest.mark.hub
@@ -198,12 +203,13 @@ def test_a_gated_repository_gives_its_files_to_those_who_were_given_access(share
         tried(lambda: api.accept_access_request("alice/manual", "bob")),
         tried(lambda: api.grant_access("alice/manual", "nobody")),
         tried(lambda: list(api.list_pending_access_requests("alice/public"))),
+        tried(lambda: api.accept_access_request("alice/auto", "carol")),
     ]
     """
-    pending, accepted, again, unknown, ungated = client(shared, decide)
+    pending, accepted, again, unknown, ungated, unasked = client(shared, decide)
     assert (pending, accepted) == (["bob"], ["bob", "carol"])
     assert again == ungated == "BadRequestError 400"
-    assert unknown == "HfHubHTTPError 404"
+    assert unknown == unasked == "HfHubHTTPError 404"
     download = 'answer = tried(lambda: hf_hub_download("alice/manual", "f"))'
     assert [client(shared, download, token=token) for token in ("hf_bob", "hf_carol")] == ["ok", "ok"]
     client(shared, 'api.reject_access_request("alice/manual", "bob", rejection_reason=None)')
@@ -267,12 +273,19 @@ def test_tokens_are_stored_hashed_only(shared: HubServer) -> None:
         (User(name="dave", token="two words"), "token of dave"),
         (User(name="dave", token="t", role="admin"), "read"),  # type: ignore[arg-type]
         (User(name="team", token="t"), "organisation already"),
+        (User(name="dave", token="hf_alice"), "that of alice already"),
     ],
 )
 def test_a_user_who_cannot_be_is_refused_with_the_reason(user: User, said: str, shared: HubServer) -> None:
     with pytest.raises(Refusal) as refusal:
         shared.accounts.add_user(user)
     assert said in str(refusal.value)
+
+
+def test_a_name_is_taken_in_any_case(shared: HubServer) -> None:
+    for name in ("Alice", "TEAM"):
+        with pytest.raises(Refusal, match="already"):
+            shared.accounts.add_user(User(name=name, token="other"))
 
 
 def test_members_must_be_users_and_a_failed_organisation_leaves_nothing(shared: HubServer) -> None:

@@ -14,7 +14,7 @@ from urllib.parse import quote, urlsplit
 
 import pytest
 
-from harness.hub import HubServer, Sizes
+from harness.hub import HubServer, Sizes, User
 from harness.hub.fsck import fsck
 
 ALICE = {"Authorization": "Bearer hf_alice"}
@@ -98,6 +98,20 @@ def head(ask: Ask) -> str:
                 {"key": "file", "value": {"path": "a", "content": "!!", "encoding": "base64"}},
             ),
             "not base64",
+        ),
+        (
+            lines(
+                {"key": "header", "value": {"summary": "s"}},
+                {"key": "file", "value": {"path": "a", "content": "x", "encoding": "rot13"}},
+            ),
+            "'rot13'",
+        ),
+        (
+            lines(
+                {"key": "header", "value": {"summary": "s"}},
+                {"key": "file", "value": {"path": "a", "content": "\ud800"}},
+            ),
+            "must be text",
         ),
         (
             lines(
@@ -400,6 +414,60 @@ def test_every_endpoint_says_what_it_cannot_take(
     if status >= 400:
         assert answer["error"] and answer["requestId"] == headers["x-request-id"]
         assert "Traceback" not in answer["error"]
+
+
+HALF = "\ud800"
+
+
+def test_half_a_surrogate_pair_is_refused_wherever_it_stands(ask: Ask, model: str) -> None:
+    assert ask("PUT", f"{model}/settings", {"gated": "manual"})[0] == 200
+    oid = {"objects": [{"oid": HALF, "size": 1}]}
+    for method, target, body, status in (
+        ("DELETE", "/api/repos/delete", {"name": HALF}, 404),
+        ("DELETE", "/api/repos/delete", {"name": "x", "organization": HALF}, 404),
+        ("POST", "/api/repos/create", {"name": HALF}, 400),
+        ("POST", "/api/repos/move", {"fromRepo": HALF, "toRepo": "alice/x"}, 404),
+        ("POST", f"{model}/user-access-request/grant", {"user": HALF}, 404),
+        ("POST", f"{model}/user-access-request/handle", {"requestId": f"1-{HALF}", "status": "accepted"}, 404),
+        ("POST", "/alice/model.git/info/lfs/objects/batch", oid, 200),
+    ):
+        answered, _, content = ask(method, target, body)
+        assert (answered, isinstance(content, dict)) == (status, True), (target, content)
+    assert content["objects"][0]["error"]["code"] == 422
+
+
+@pytest.mark.parametrize("token", [{}, {"Authorization": "Bearer hf_bob"}], ids=["nobody", "bob"])
+def test_a_private_repository_named_like_an_endpoint_answers_as_one_that_is_not_there(
+    token: dict[str, str], tmp_path: Path
+) -> None:
+    users = [User(name="alice", token="hf_alice"), User(name="bob", token="hf_bob")]
+    names = ["tree", "refs", "settings", "resolve", "info"]
+
+    def told(hub: HubServer) -> list[Any]:
+        found = []
+        for name in names:
+            for method, target in (
+                *((method, f"/api/models/alice/{name}") for method in ("GET", "PUT", "POST", "DELETE", "HEAD")),
+                *((method, f"/api/models/alice/{name}/{name}/main") for method in ("GET", "POST", "DELETE")),
+                *((method, f"/api/models/alice/{name}/main") for method in ("GET", "POST")),
+                *((method, f"/alice/{name}/resolve/main/f") for method in ("GET", "HEAD", "POST")),
+                *(("POST", f"/alice/{name}{path}") for path in (".git/info/lfs/objects/batch", "/ask-access")),
+            ):
+                connection = http.client.HTTPConnection("127.0.0.1", hub.port, timeout=20)
+                connection.request(method, target, body=b"{}" if method in ("PUT", "POST") else None, headers=token)
+                response = connection.getresponse()
+                content = response.read().partition(b'"requestId"')[0]
+                headers = {key: value for key, value in response.getheaders() if key not in ("Date", "X-Request-Id")}
+                connection.close()
+                headers.pop("Content-Length", None)
+                found.append((method, target, response.status, headers, content))
+        return found
+
+    with HubServer(tmp_path / "hub", users=users) as hub:
+        without = told(hub)
+        for name in names:
+            hub.store.create_repository("model", "alice", name, private=True, author="alice")
+        assert told(hub) == without
 
 
 def test_a_tree_of_ten_thousand_files_is_written_read_and_sound(ask: Ask, model: str, hub: HubServer) -> None:

@@ -78,6 +78,7 @@ def test_a_snapshot_is_every_file_of_the_revision(published: HubServer, client: 
         Fault(match=GET + "w.bin", close_after=10, times=1),
         Fault(match=HEAD, reset_before=True, times=2),
         Fault(match=GET + "w.bin", truncate=10, times=1),
+        Fault(match="^GET /api/models/alice/model/tree/", truncate=50, times=1),
     ],
     ids=lambda fault: str(fault.as_json()),
 )
@@ -98,7 +99,8 @@ def test_a_byte_that_is_always_flipped_is_told_and_not_left_in_the_cache(
 ) -> None:
     published.inject(Fault(match=GET + name, flip=7))
     answer = client(published, SNAPSHOT, home=tmp_path / "home", options={"attempts": 2})
-    assert answer.startswith(f"DownloadFailed: alice/model at main: {name} arrived 2 times and has the digest ")
+    assert answer.startswith(f"DownloadFailed: alice/model at main: {name} has the digest ")
+    assert "2 times in a row" in answer
     published.clear_faults()
     plain = 'answer = pathlib.Path(hf_hub_download("alice/model", given["name"])).read_bytes().decode("latin-1")'
     assert client(published, plain, home=tmp_path / "home", name=name) == CONTENT[name]
@@ -112,6 +114,45 @@ def test_a_file_that_was_spoilt_in_the_cache_is_fetched_anew(
     (cached,) = [path for path in (home / "hub").rglob("w.bin") if "snapshots" in path.parts]
     cached.resolve().write_bytes(b"\0" * 1000)
     assert client(published, SNAPSHOT, home=home) == CONTENT
+
+
+def test_what_lies_in_the_directory_beside_what_was_asked_for_is_verified_too(
+    published: HubServer, client: Client, tmp_path: Path
+) -> None:
+    home = tmp_path / "home"
+    client(published, SNAPSHOT, home=home)
+    (cached,) = [path for path in (home / "hub").rglob("w.bin") if "snapshots" in path.parts]
+    cached.with_name("planted.py").write_text("import this")
+    cached.resolve().write_bytes(b"\0" * 1000)
+    some = client(published, SNAPSHOT, home=home, options={"allow_patterns": "*.txt"})
+    assert some == {name: text for name, text in CONTENT.items() if name != "w.bin"}
+
+
+def test_a_spoilt_blob_is_not_copied_again_where_there_are_no_links(
+    published: HubServer, client: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = tmp_path / "home"
+    client(published, SNAPSHOT, home=home)
+    (cached,) = [path for path in (home / "hub").rglob("w.bin") if "snapshots" in path.parts]
+    cached.resolve().write_bytes(b"\0" * 1000)
+    cached.unlink()
+    monkeypatch.setenv("HF_HUB_DISABLE_SYMLINKS", "1")
+    assert client(published, SNAPSHOT, home=home) == CONTENT
+
+
+def test_a_hub_that_lists_what_cannot_be_is_not_followed(published: HubServer, client: Client, tmp_path: Path) -> None:
+    victim = tmp_path / "victim.txt"
+    victim.write_text("mine")
+    listing = """
+from huggingface_hub.hf_api import RepoFile
+
+HfApi.list_repo_tree = lambda *_, **__: [RepoFile(path=given["path"], size=1, oid="0" * 40)]
+"""
+    for path in ("/".join([".."] * 30) + str(victim), str(victim)):
+        assert client(published, listing + SNAPSHOT, path=path).startswith("DownloadFailed: alice/model at main: ")
+    assert victim.read_text() == "mine"
+    published.inject(Fault(match="^GET /api/models/alice/model", status=200, content={"id": "alice/model"}))
+    assert "its commit is None" in client(published, SNAPSHOT)
 
 
 def test_what_does_not_pass_is_given_up_with_the_reason(published: HubServer, client: Client) -> None:

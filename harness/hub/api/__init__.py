@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Literal
 from urllib.parse import quote
 
@@ -57,7 +57,7 @@ REPOSITORY: Mapping[tuple[str, str], Endpoint] = {
     ("POST", "tag"): Endpoint(run=refs.create_tag, access="write", rest=(1, 1)),
     ("DELETE", "tag"): Endpoint(run=refs.delete_tag, access="write", rest=(1, ANY)),
     ("GET", "discussions"): Endpoint(run=refs.discussions, rest=(0, 1)),
-    ("POST", "discussions"): Endpoint(run=refs.open_pull_request, access="write"),
+    ("POST", "discussions"): Endpoint(run=refs.open_pull_request, access="propose"),
     ("POST", "preupload"): Endpoint(run=commits.preupload, access="write", rest=(1, 1)),
     ("POST", "commit"): Endpoint(run=commits.commit, access="write", rest=(1, 1)),
     ("GET", "xet-read-token"): Endpoint(run=lfs.refuse_xet, rest=(0, 1)),
@@ -75,10 +75,8 @@ FILES: Mapping[tuple[str, str], Endpoint] = {
 }
 """Endpoints below /{id}/; git's LFS interface is at /{id}.git/info/lfs/."""
 
-VERBS = frozenset(verb for table in (REPOSITORY, FILES) for _, verb in table if verb)
-
 PROPOSING = frozenset({"commit", "preupload"})
-"""Endpoints that write to a branch, or to a pull request, which others may open and add to."""
+"""Endpoints that write to a branch, or to a pull request, which others may open and then add to their own."""
 
 
 def handler(hub: Hub) -> Handler:
@@ -122,40 +120,59 @@ def _repository(
     segments: tuple[str, ...],
     table: Mapping[tuple[str, str], Endpoint],
 ) -> Response:
-    identifier, (verb, *rest) = _split(hub, kind, segments)
+    readings = tuple(_readings(segments))
+    found = (reading for reading in (_found(hub, kind, one, account) for one in readings) if reading is not None)
+    reading = next(found, None)
+    if reading is None:
+        # Before anything else is said, which would tell a private repository from one that is not there.
+        if any(verb == behind[0] for _, verb in table for _, behind in readings):
+            raise no_repository(account)
+        raise _no_endpoint(request, [])
+    repository, identifier, (verb, *rest) = reading
+    if repository.id != identifier:
+        return _redirect(request, kind, identifier, repository.id)
     known = [method for method, other in table if other == verb]
     endpoint = table.get((request.method, verb))
     if not known or (endpoint is not None and not endpoint.rest[0] <= len(rest) <= endpoint.rest[1]):
         raise _no_endpoint(request, [])
     if endpoint is None:
         raise _no_endpoint(request, known)
-    repository = hub.store.find_repository(kind, identifier)
-    if repository is None and (moved := hub.store.moved_to(kind, identifier)) is not None:
-        now = hub.store.find_repository(kind, moved)
-        if now is not None and hub.accounts.may_see(now, account):
-            return _redirect(request, kind, identifier, moved)
-    if repository is None or not hub.accounts.may_see(repository, account):
-        raise no_repository(account, identifier)
     call = RepositoryCall(hub=hub, request=request, account=account, repository=repository, rest=tuple(rest))
-    proposes = verb in PROPOSING and (call.flag("create_pr") or call.revision().startswith("refs/pr/"))
+    proposes = verb in PROPOSING and (call.flag("create_pr") or _is_own_pull_request(call))
     _require(hub, repository, account, "propose" if proposes else endpoint.access)
     return endpoint.run(call)
 
 
-def _split(hub: Hub, kind: str, segments: tuple[str, ...]) -> tuple[str, tuple[str, ...]]:
-    """The id of a repository, with a namespace or without, and the segments behind it, an empty one where none are."""
-    if not segments:
-        raise Refusal(kind="no_such_page", message="the address names no repository")
-    pair = "/".join(segments[:2])
-    alone = len(segments) == 1 or (segments[1] in VERBS and not _is_known(hub, kind, pair.removesuffix(".git")))
-    identifier, rest = (segments[0], segments[1:]) if alone else (pair, segments[2:])
-    if rest[:2] == ("info", "lfs"):
-        identifier = identifier.removesuffix(".git")
-    return identifier, rest or ("",)
+def _found(
+    hub: Hub, kind: str, reading: tuple[str, tuple[str, ...]], account: Account | None
+) -> tuple[Repository, str, tuple[str, ...]] | None:
+    """The repository of a reading, also one that was called so before; None where the sender sees none."""
+    identifier, behind = reading
+    repository = hub.store.find_repository(kind, identifier)
+    if repository is None and (moved := hub.store.moved_to(kind, identifier)) is not None:
+        repository = hub.store.find_repository(kind, moved)
+    if repository is None or not hub.accounts.may_see(repository, account):
+        return None
+    return repository, identifier, behind
 
 
-def _is_known(hub: Hub, kind: str, identifier: str) -> bool:
-    return hub.store.find_repository(kind, identifier) is not None or hub.store.moved_to(kind, identifier) is not None
+def _readings(segments: tuple[str, ...]) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """What can be the id of a repository, with a namespace and without, each with the segments behind it, an empty one
+    where none are: `alice/tree` is a repository of alice, or the tree of one that is called so."""
+    for length in (2, 1):
+        if len(segments) >= length and not any("/" in segment for segment in segments[:length]):
+            identifier, rest = "/".join(segments[:length]), segments[length:]
+            if rest[:2] == ("info", "lfs"):
+                identifier = identifier.removesuffix(".git")
+            yield identifier, rest or ("",)
+
+
+def _is_own_pull_request(call: RepositoryCall) -> bool:
+    """Whether the revision is a pull request that the sender has opened."""
+    if call.account is None or not call.revision().startswith("refs/pr/"):
+        return False
+    refs = call.hub.store.refs(call.repository)
+    return any(ref.full == call.revision() and ref.author == call.account.name for ref in refs)
 
 
 def _require(hub: Hub, repository: Repository, account: Account | None, access: Access) -> None:
@@ -164,7 +181,7 @@ def _require(hub: Hub, repository: Repository, account: Account | None, access: 
         raise Refusal(kind="disabled", message="Access to this resource is disabled.")
     if access in ("propose", "write", "own"):
         if account is None:
-            raise no_repository(None, repository.id)
+            raise no_repository(None)
         if account.role != "write":
             message = f"the token of {account.name} is for reading; writing to {repository.id} needs a write token"
             raise Refusal(kind="forbidden", message=message)
@@ -178,11 +195,11 @@ def _require(hub: Hub, repository: Repository, account: Account | None, access: 
         )
 
 
-def no_repository(account: Account | None, identifier: str) -> Refusal:
+def no_repository(account: Account | None) -> Refusal:
     """What a repository that is not there, or not for its sender, is answered with: the two cannot be told apart."""
     if account is None:
         return Refusal(kind="no_repository_for_anonymous", message="Invalid username or password.")
-    return Refusal(kind="no_repository", message=f"Repository not found: {identifier}")
+    return Refusal(kind="no_repository", message="Repository not found")
 
 
 def _redirect(request: Request, kind: str, identifier: str, moved: str) -> Response:

@@ -12,7 +12,7 @@ from typing import Any
 
 from harness.hub.api.calls import RepositoryCall, json_object, shown
 from harness.hub.messages import Response, json_response
-from harness.hub.names import check_path
+from harness.hub.names import check_path, is_text
 from harness.hub.refusals import Refusal
 from harness.hub.store import LFS_PATTERNS, AddFile, AddLfs, DeleteFile, DeleteFolder, Operation
 
@@ -126,10 +126,11 @@ def _operation(call: RepositoryCall, key: str, value: Mapping[str, Any]) -> Oper
     """What a line asks for. The content of a file is stored at once; without the commit it is an orphan."""
     path = call.required(value, "path", str)
     if key == "file":
-        if call.field(value, "encoding", str, default="utf-8") == "base64":
-            content = _decoded(call.required(value, "content", str), what=f"the content of {shown(path)}")
-        else:
-            content = call.required(value, "content", str).encode("utf-8", "surrogatepass")
+        encoding, text = call.field(value, "encoding", str, default="utf-8"), call.required(value, "content", str)
+        if encoding not in ("base64", "utf-8") or not is_text(text):
+            message = f"the content of {shown(path)} must be text, in base64 or as it is; its encoding is"
+            raise Refusal(kind="bad_request", message=f"{message} {shown(encoding)}")
+        content = _decoded(text, what=f"the content of {shown(path)}") if encoding == "base64" else text.encode()
         return AddFile(path=check_path(path), sha256=call.hub.store.blobs.add([content]).sha256)
     if key == "lfsFile":
         if call.field(value, "algo", str, default="sha256") != "sha256":

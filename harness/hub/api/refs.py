@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from html import escape
 from typing import Any
 
 from harness.hub.api.calls import RepositoryCall, shown
@@ -30,7 +31,8 @@ def refs(call: RepositoryCall) -> Response:
 
 
 def history(call: RepositoryCall) -> Response:
-    """The commits that led to a revision, newest first, by pages; `limit`, `p`."""
+    """The commits that led to a revision, newest first, by pages; `limit`, `p`, `expand[]=formatted`."""
+    formatted = "formatted" in call.request.query.get("expand[]", ())
     count = call.count("limit", default=PAGE, most=LARGEST_PAGE)
     page = call.count("p", default=1, most=10**9) if call.text("p") not in ("", "0") else 0
     found = call.hub.store.commits(call.repository, call.commit(), start=page * count, count=count + 1)
@@ -41,6 +43,7 @@ def history(call: RepositoryCall) -> Response:
             "message": commit.message,
             "authors": [{"user": commit.author}],
             "date": commit.date,
+            **({"formatted": {"title": escape(commit.title), "message": escape(commit.message)}} if formatted else {}),
         }
         for commit in found[:count]
     ]
@@ -104,12 +107,11 @@ def open_pull_request(call: RepositoryCall) -> Response:
 
 
 def _discussion(call: RepositoryCall, ref: Ref) -> dict[str, Any]:
-    head = call.hub.store.commit_of(call.repository, ref.oid)
     return {
         "num": int(ref.full.rpartition("/")[2]),
-        "title": head.title,
-        "author": {"name": head.author},
-        "createdAt": head.date,
+        "title": ref.message,
+        "author": {"name": ref.author},
+        "createdAt": ref.date,
         "status": "open",
         "isPullRequest": True,
         "repo": {"name": call.repository.id, "type": call.repository.type},

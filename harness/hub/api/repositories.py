@@ -16,6 +16,11 @@ from harness.hub.store import Repository
 PAGE = 100
 LARGEST_PAGE = 1000
 
+LISTED_BY = frozenset(
+    ("author", "cardData", "config", "cursor", "direction", "expand", "full", "gated", "limit", "search", "sort")
+)
+"""What a listing can be asked for; whoever asks for something else would take what it gets for the answer."""
+
 
 def create(call: Call) -> Response:
     """Makes a repository with one commit. One that is there is answered with 409 and its address."""
@@ -80,41 +85,35 @@ def settings(call: RepositoryCall) -> Response:
 def info(call: RepositoryCall) -> Response:
     """A repository at a revision: its commit, files and settings. `blobs` adds the size of each file."""
     commit = call.commit()
-    found = _described(call, call.repository, commit)
-    if "expand" in call.request.query:
-        return json_response(_expanded(found, call.request.query["expand"]), headers={"X-Repo-Commit": commit})
-    entries = call.hub.store.entries(call.repository, commit, recursive=True)
-    found["siblings"] = [
-        {"rfilename": entry.path} | (_blob(entry) if call.flag("blobs") else {})
-        for entry in entries
-        if not entry.directory
-    ]
-    found["usedStorage"] = sum(entry.size for entry in entries if not entry.directory)
+    found = _described(call, call.repository, commit, files=True)
     return json_response(found, headers={"X-Repo-Commit": commit})
 
 
 def listing(call: Call, kind: str) -> Response:
-    """The repositories of a type that the sender may see, newest first; `author`, `search`, `limit`, `cursor`."""
-    author, search = call.text("author") or None, call.text("search") or None
-    visible = [
-        repository
-        for repository in call.hub.store.repositories(kind, owner=author, search=search)
-        if call.hub.accounts.may_see(repository, call.account)
-    ]
-    gated = call.text("gated")
-    if gated:
-        visible = [repository for repository in visible if bool(repository.gated) == (gated.lower() == "true")]
+    """The repositories of a type that the sender may see, newest first, or changed last first (`sort`), by pages."""
+    unknown = sorted(set(call.request.query) - LISTED_BY)
+    if unknown:
+        names = ", ".join(sorted(LISTED_BY))
+        raise Refusal(kind="bad_request", message=f"this Hub does not list by {shown(unknown[0])}; it knows {names}")
+    store, searched, gated = call.hub.store, call.request.query.get("search", ()), call.text("gated").lower()
+    # By the time and the key of the first one on it, a page is found again whatever came and went meanwhile.
+    by_change, cursor = call.text("sort") == "lastModified", call.text("cursor")
+    ordered: dict[str, Repository] = {}
+    for repository in store.repositories(kind, owner=call.text("author") or None):
+        if (
+            call.hub.accounts.may_see(repository, call.account)
+            and (not gated or bool(repository.gated) == (gated == "true"))
+            and all(text.lower() in repository.id.lower() for text in searched)
+        ):
+            date = repository.created
+            if by_change:
+                date = store.commit_of(repository, store.resolve(repository, "main")).date
+            ordered[f"{date}-{repository.key:012}"] = repository
+    places = sorted((place for place in ordered if not cursor or place <= cursor), reverse=True)
     count = call.count("limit", default=PAGE, most=LARGEST_PAGE)
-    start = next((place for place, one in enumerate(visible) if str(one.key) == call.text("cursor")), 0)
-    page = visible[start : start + count]
-    rest = visible[start + count :]
-    found = []
-    for repository in page:
-        described = _described(call, repository, call.hub.store.resolve(repository, "main"))
-        if "expand" in call.request.query:
-            described = _expanded(described, call.request.query["expand"])
-        found.append(described)
-    return json_response(found, headers=call.next_page(cursor=str(rest[0].key)) if rest else {})
+    page = [ordered[place] for place in places[:count]]
+    found = [_described(call, one, store.resolve(one, "main"), files=call.flag("full")) for one in page]
+    return json_response(found, headers=call.next_page(cursor=places[count]) if places[count:] else {})
 
 
 def of_user(call: Call) -> Response:
@@ -160,16 +159,14 @@ def ask_access(call: RepositoryCall) -> Response:
     """The sender asks for access, as with the button on a gated repository's page."""
     if call.account is None:
         raise Refusal(kind="bad_token", message="log in to ask for access")
-    if not call.repository.gated:
-        raise Refusal(kind="bad_request", message=f"{call.repository.id} is not gated")
+    _require_gated(call)
     return json_response({"status": call.hub.accounts.request_access(call.repository, call.account.name)})
 
 
 def access_requests(call: RepositoryCall) -> Response:
     """The requests of a status."""
     status = _status(call.rest[0])
-    if not call.repository.gated:
-        raise Refusal(kind="bad_request", message=f"{call.repository.id} is not gated")
+    _require_gated(call)
     requests = call.hub.accounts.access_requests(call.repository, status)
     return json_response(
         [
@@ -199,11 +196,20 @@ def decide_access(call: RepositoryCall) -> Response:
         status = _status(call.required(body, "status", str))
     else:
         raise Refusal(kind="no_such_page", message=f"expected handle or grant, not {shown(call.rest[0])}")
+    _require_gated(call)
     accounts = call.hub.accounts
-    if any(request.user == user for request in accounts.access_requests(call.repository, status)):
+    known = accounts.access_of(call.repository, user)
+    if known == status:
         raise Refusal(kind="bad_request", message=f"the request of {user} is {status} already")
+    if known is None and call.rest[0] == "handle":
+        raise Refusal(kind="no_such_page", message=f"{shown(user)} has not asked for access to {call.repository.id}")
     accounts.set_access(call.repository, user, status)
     return json_response({})
+
+
+def _require_gated(call: RepositoryCall) -> None:
+    if not call.repository.gated:
+        raise Refusal(kind="bad_request", message=f"{call.repository.id} is not gated")
 
 
 def _status(word: str) -> AccessStatus:
@@ -235,7 +241,7 @@ def _own(call: Call, kind: str, identifier: str) -> Repository:
 
     repository = call.hub.store.find_repository(kind, identifier)
     if repository is None or not call.hub.accounts.may_see(repository, call.account):
-        raise no_repository(call.account, identifier)
+        raise no_repository(call.account)
     _require_right_to_write(call, repository.owner, kind)
     return repository
 
@@ -265,8 +271,10 @@ def _address(call: Call, repository: Repository) -> dict[str, Any]:
     return {"url": repository_url(call.hub, repository), "name": repository.id, "id": repository.id}
 
 
-def _described(call: Call, repository: Repository, commit: str) -> dict[str, Any]:
-    return {
+def _described(call: Call, repository: Repository, commit: str, *, files: bool) -> dict[str, Any]:
+    """What is told of a repository: with its files or without, or the parts that `expand` asks for."""
+    names = call.request.query.get("expand")
+    found: dict[str, Any] = {
         "_id": f"{repository.key:024x}",
         "id": repository.id,
         **({"modelId": repository.id} if repository.type == "model" else {}),
@@ -281,11 +289,15 @@ def _described(call: Call, repository: Repository, commit: str) -> dict[str, Any
         "likes": 0,
         "tags": [],
     }
-
-
-def _expanded(found: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
-    """What is always told of a repository, and the parts asked for."""
-    return {name: value for name, value in found.items() if name in ("_id", "id", *names)}
+    if files if names is None else {"siblings", "usedStorage"} & set(names):
+        entries = call.hub.store.entries(repository, commit, recursive=True)
+        found["siblings"] = [
+            {"rfilename": entry.path} | (_blob(entry) if call.flag("blobs") else {})
+            for entry in entries
+            if not entry.directory
+        ]
+        found["usedStorage"] = sum(entry.size for entry in entries if not entry.directory)
+    return {name: value for name, value in found.items() if names is None or name in ("_id", "id", *names)}
 
 
 def _blob(entry: Any) -> dict[str, Any]:
