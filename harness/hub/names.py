@@ -7,7 +7,7 @@ import re
 
 from harness.hub.refusals import Refusal
 
-RESERVED_OWNERS = frozenset({"api", "datasets", "models", "spaces"})
+RESERVED_OWNERS = frozenset({"__hub__", "__lfs__", "api", "datasets", "models", "spaces"})
 """First parts of a repository id that would be taken for another part of a URL."""
 
 SEGMENT_BYTES = 255

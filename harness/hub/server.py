@@ -76,6 +76,10 @@ class HubServer:
                 f"{host} is not a loopback address, and whoever reaches this Hub could read and write without"
                 " encryption; use 127.0.0.1, or allow it (--allow-remote)"
             )
+        if host in ("0.0.0.0", "::", ""):
+            raise DescriptionError(
+                f"{host!r} is every address of this machine and none that a client could be sent to; give one of them"
+            )
         self.root = Path(root)
         self.faults = Faults()
         self.journal = Journal()

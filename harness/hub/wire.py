@@ -337,9 +337,10 @@ class Wire:
     def _guarded(self, exchange: _Exchange, work: Callable[[], Response]) -> Response:
         """The answer, whatever happens in the work."""
         try:
-            return work()
-        except Refusal as error:
-            return refused(error, request_id=exchange.id)
+            try:
+                return work()
+            except Refusal as error:
+                return refused(error, request_id=exchange.id)
         except BaseException:  # A thread has nobody above it who could want a SystemExit.
             return self._failed(exchange)
 

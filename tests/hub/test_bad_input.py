@@ -28,7 +28,7 @@ def ask(hub: HubServer) -> Iterator[Ask]:
     connections = []
 
     def send(method: str, target: str, body: Any = None, **headers: str) -> tuple[int, dict[str, str], Any]:
-        connection = http.client.HTTPConnection("127.0.0.1", hub.port, timeout=20)
+        connection = http.client.HTTPConnection("127.0.0.1", hub.port, timeout=120)
         connections.append(connection)
         content = body if isinstance(body, bytes | None) else json.dumps(body).encode()
         connection.request(method, target.removeprefix(hub.url), body=content, headers=ALICE | headers)

@@ -112,6 +112,7 @@ def test_it_stops_cleanly_and_what_was_there_is_there_again(
         (["--organisation", "team:nobody"], "no user 'nobody'"),
         (["--host", "0.0.0.0"], "0.0.0.0 is not a loopback address"),
         (["--host", "nowhere.invalid"], "not a loopback address"),
+        (["--host", "0.0.0.0", "--allow-remote"], "none that a client could be sent to"),
         (["--port", "70000"], "--port 70000: a port is"),
         (["--root", "/dev/null"], "/dev/null cannot be the root of a Hub"),
     ],

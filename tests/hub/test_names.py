@@ -95,7 +95,7 @@ def test_repositories_that_are_allowed(repository: str, parts: tuple[str, str]) 
 BAD_REPOSITORIES = [
     *("", "/", "a/", "/a", "a/b/c", "-a", "a-", ".a", "a.", "a/.b", "a/b.", "a/-b", "a--b", "a..b", "a/b--c"),
     *("a/b.git", "a.git/b", "b.git", "a/n.ipynb", "x" * 97, "a/" + "x" * 97, "café", "a b", "a/b\n", "a\0", "\ud800"),
-    *("datasets/x", "spaces/x", "models/x", "api/x", "api", "../x", "a/..", "a\\b", "a%2Fb"),
+    *("__hub__/x", "__lfs__/x", "datasets/x", "spaces/x", "models/x", "api/x", "api", "../x", "a/..", "a\\b", "a%2Fb"),
 ]
 
 

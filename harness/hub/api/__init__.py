@@ -10,7 +10,7 @@ from urllib.parse import quote
 
 from harness.hub.accounts import Account
 from harness.hub.api import admin, commits, files, identity, lfs, refs, repositories, trees
-from harness.hub.api.calls import PREFIXES, TYPES, Call, Hub, RepositoryCall
+from harness.hub.api.calls import PREFIXES, TYPES, Call, Hub, RepositoryCall, no_repository
 from harness.hub.messages import Handler, Request, Response
 from harness.hub.refusals import Refusal
 from harness.hub.store import Repository
@@ -193,13 +193,6 @@ def _require(hub: Hub, repository: Repository, account: Account | None, access: 
             kind=kind,
             message=f"Access to {repository.type} {repository.id} is restricted: ask for access, and log in",
         )
-
-
-def no_repository(account: Account | None) -> Refusal:
-    """What a repository that is not there, or not for its sender, is answered with: the two cannot be told apart."""
-    if account is None:
-        return Refusal(kind="no_repository_for_anonymous", message="Invalid username or password.")
-    return Refusal(kind="no_repository", message="Repository not found")
 
 
 def _redirect(request: Request, kind: str, identifier: str, moved: str) -> Response:

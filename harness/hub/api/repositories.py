@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any, get_args
 
 from harness.hub.accounts import AccessStatus
-from harness.hub.api.calls import TYPES, Call, RepositoryCall, pointer_size, repository_url, shown
+from harness.hub.api.calls import TYPES, Call, RepositoryCall, no_repository, pointer_size, repository_url, shown
 from harness.hub.messages import Response, json_response
 from harness.hub.names import repository_parts
 from harness.hub.refusals import Refusal
@@ -143,6 +143,8 @@ def auth_check(call: RepositoryCall) -> Response:
     hub, repository = call.hub, call.repository
     if call.rest not in ((), ("write",)):
         raise Refusal(kind="no_such_page", message=f"auth-check knows 'write' only, not {shown(call.rest[0])}")
+    if call.rest and call.account is None:
+        raise no_repository(None)
     if call.rest and not hub.accounts.may_write(repository.owner, call.account):
         raise Refusal(kind="forbidden", message=f"no right to write to {repository.id}")
     if not hub.accounts.may_download(repository, call.account):
@@ -237,8 +239,6 @@ def _named(call: Call, body: Mapping[str, Any]) -> tuple[str, str, str]:
 
 def _own(call: Call, kind: str, identifier: str) -> Repository:
     """A repository that the sender may write to."""
-    from harness.hub.api import no_repository
-
     repository = call.hub.store.find_repository(kind, identifier)
     if repository is None or not call.hub.accounts.may_see(repository, call.account):
         raise no_repository(call.account)
