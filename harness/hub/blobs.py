@@ -6,20 +6,25 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import io
 import itertools
 import os
+import queue
 import re
 import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from types import TracebackType
+from typing import Self
 
 from harness.hub.objects import blob_oid
 from harness.hub.refusals import Refusal
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _PIECE = 1 << 20
-_LARGE_PIECE = 1 << 18
-"""From here on a piece is hashed by one thread while another writes it, which takes half the time of both in turn."""
+_STRIDE = 4 << 20
+"""A content that is longer is hashed by a thread of its own, which reads behind the one that writes, so many bytes at a
+time: hashing and writing in turn would take the time of both."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,23 +60,15 @@ class Blobs:
         path = self.unfinished / f"{os.getpid()}-{next(self._numbers)}"
         digest, length = hashlib.sha256(), 0
         try:
-            with path.open("xb") as file:
+            with path.open("x+b", buffering=0) as file, _Hashing(file, digest) as hashing:
                 for chunk in chunks:
                     length += len(chunk)
                     if size is not None and length > size:
                         raise Refusal(
                             kind="bad_request", message=f"the content is longer than the {size} bytes announced"
                         )
-                    if len(chunk) < _LARGE_PIECE:
-                        digest.update(chunk)
-                        file.write(chunk)
-                    else:
-                        hashing = threading.Thread(target=digest.update, args=(chunk,))
-                        hashing.start()
-                        try:
-                            file.write(chunk)
-                        finally:
-                            hashing.join()  # The next piece may be in the same memory.
+                    _write(file, chunk)
+                    hashing.follow(chunk, length)
             found = digest.hexdigest()
             if size is not None and length != size:
                 raise Refusal(kind="bad_request", message=f"the content has {length} bytes; announced were {size}")
@@ -116,3 +113,58 @@ class Blobs:
         except FileNotFoundError:
             target.parent.mkdir(exist_ok=True)
             os.replace(source, target)
+
+
+def _write(file: io.FileIO, chunk: bytes | memoryview) -> None:
+    """Writes all of a piece, however little the system takes at once."""
+    rest = memoryview(chunk)
+    while rest:
+        rest = rest[file.write(rest) :]
+
+
+class _Hashing:
+    """Hashes a file while it is written: its beginning at once, what is behind `_STRIDE` in a thread."""
+
+    def __init__(self, file: io.FileIO, digest: hashlib._Hash) -> None:
+        self._file, self._digest = file, digest
+        self._written: queue.SimpleQueue[int | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+        self._asked, self._length = 0, 0
+        self._error: OSError | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def follow(self, chunk: bytes | memoryview, length: int) -> None:
+        """Takes note of a piece after which `length` bytes are written."""
+        self._length = length
+        if self._thread is None:
+            self._digest.update(chunk)
+            self._asked = length
+            if length >= _STRIDE:
+                self._thread = threading.Thread(target=self._read_behind, args=(length,))
+                self._thread.start()
+        elif length - self._asked >= _STRIDE:
+            self._written.put(length)
+            self._asked = length
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        """Waits until everything is hashed. Raises OSError where what was written cannot be read."""
+        if self._thread is not None:
+            if kind is None:
+                self._written.put(self._length)
+            self._written.put(None)
+            self._thread.join()
+            if self._error is not None and kind is None:
+                raise self._error
+
+    def _read_behind(self, position: int) -> None:
+        buffer = memoryview(bytearray(_PIECE))
+        try:
+            while (written := self._written.get()) is not None:
+                while position < written:
+                    count = os.preadv(self._file.fileno(), [buffer[: written - position]], position)
+                    self._digest.update(buffer[:count])
+                    position += count
+        except OSError as error:
+            self._error = error

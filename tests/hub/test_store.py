@@ -85,6 +85,16 @@ def test_pieces_may_come_in_the_same_memory(store: Store, length: int) -> None:
     assert store.blobs.path(stored.sha256).read_bytes() == whole
 
 
+def test_a_content_that_cannot_be_read_back_is_not_kept(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*arguments: Any) -> int:
+        raise OSError("the disk is broken")
+
+    monkeypatch.setattr(os, "preadv", broken)
+    with pytest.raises(OSError, match="the disk is broken"):
+        store.blobs.add([b"x" * (1 << 20)] * 9)
+    assert not list(store.blobs.unfinished.iterdir()) and not list(store.blobs.directory.iterdir())
+
+
 @pytest.mark.parametrize(
     ("announced", "words"),
     [
