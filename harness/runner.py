@@ -9,7 +9,6 @@ import fnmatch
 import json
 import logging
 import os
-import socket
 import sys
 import tempfile
 import time
@@ -179,27 +178,16 @@ def require_backends(options: Options) -> None:
 @contextlib.contextmanager
 def session() -> Iterator[Session]:
     """What the items answered in one process share: a temporary directory and servers of fresh processes."""
+    from harness.hub.wire import reserved_port
     from harness.sandbox import Sandbox
 
     with tempfile.TemporaryDirectory(prefix="parity-") as directory:
         root = Path(directory).resolve()
-        with Sandbox(root, time_limit_seconds=FRESH_SECONDS) as sandbox, reserved_port() as port:
-            endpoint = f"http://127.0.0.1:{port}"
+        # Clients know their Hub's address before it starts: it comes and goes on a port that is kept for it.
+        with Sandbox(root, time_limit_seconds=FRESH_SECONDS) as sandbox, reserved_port() as keeper:
+            endpoint = f"http://127.0.0.1:{keeper.getsockname()[1]}"
             with Sandbox(root, time_limit_seconds=FRESH_SECONDS, preload=OF_THE_CLIENT, endpoint=endpoint) as hub:
                 yield Session(root=root, sandbox=sandbox, hub=hub)
-
-
-@contextlib.contextmanager
-def reserved_port() -> Iterator[int]:
-    """A port of this machine that nobody else is given meanwhile; connections to it are refused until one listens.
-
-    A server that shares it comes and goes: the clients' processes know their Hub's address from before it starts.
-    """
-    with socket.socket() as held:
-        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        held.bind(("127.0.0.1", 0))
-        yield held.getsockname()[1]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -14,11 +14,12 @@ import pytest
 from harness import bundles
 from harness.checks import CATALOGUE
 from harness.hub import HubServer
+from harness.hub.wire import reserved_port
 from harness.isolation import Gate, gate
 from harness.mutants import Mutant, mutants_of, plant
 from harness.ports import Port, family_of, read_ports
 from harness.results import Result
-from harness.runner import Item, Options, plan, reserved_port, skipped
+from harness.runner import Item, Options, plan, skipped
 from tests.harness.conftest import PlainPort
 
 pytestmark = pytest.mark.hub
@@ -151,7 +152,8 @@ def test_a_reserved_port_refuses_until_a_hub_shares_it_and_again_afterwards(tmp_
         with socket.socket() as client:
             return client.connect_ex(("127.0.0.1", port)) != 0
 
-    with reserved_port() as port:
+    with reserved_port() as keeper:
+        port = keeper.getsockname()[1]
         assert refused(port)
         with socket.socket() as stranger, pytest.raises(OSError, match="in use"):
             stranger.bind(("127.0.0.1", port))
