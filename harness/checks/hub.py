@@ -40,7 +40,7 @@ from harness.trial import Trial, config_class, draw, original_model, port_class,
 
 if TYPE_CHECKING:
     from harness.hub import HubServer
-    from harness.hub.store import Repository
+    from harness.hub.records import Repository
     from harness.sandbox import Answer
 
 TEXT = "a b c a"

@@ -15,7 +15,7 @@ from harness.hub.refusals import Refusal
 
 if TYPE_CHECKING:
     from harness.hub.database import Database
-    from harness.hub.store import Repository
+    from harness.hub.records import Repository
 
 TokenRole = Literal["read", "write"]
 MemberRole = Literal["admin", "write", "contributor", "read"]

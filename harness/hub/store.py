@@ -9,29 +9,32 @@ import sqlite3
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal, cast
+from typing import cast
 
 from harness.hub import names
+from harness.hub.attributes import ATTRIBUTES
 from harness.hub.blobs import Blobs
 from harness.hub.database import Database, Row, locked
 from harness.hub.objects import POINTER_BYTES, Child, commit_oid, object_oid, pointer, read_pointer
+from harness.hub.records import (
+    AddFile,
+    AddLfs,
+    Commit,
+    DeleteFile,
+    DeleteFolder,
+    Entry,
+    Gated,
+    Operation,
+    Ref,
+    Repository,
+)
 from harness.hub.refusals import Kind, Refusal
 from harness.hub.trees import SCHEMA as TREES_SCHEMA
 from harness.hub.trees import Draft, Trees, damaged
 
 TYPES = ("model", "dataset", "space")
 MAIN = "main"
-Gated = Literal["auto", "manual", False]
 Clock = Callable[[], datetime]
-
-LFS_SUFFIXES = (
-    *("7z", "arrow", "bin", "bz2", "ckpt", "ftz", "gz", "h5", "joblib", "lfs.*", "mlmodel", "model", "msgpack"),
-    *("npy", "npz", "onnx", "ot", "parquet", "pb", "pickle", "pkl", "pt", "pth", "rar", "safetensors", "tar.*", "tar"),
-    *("tflite", "tgz", "wasm", "xz", "zip", "zst"),
-)
-LFS_PATTERNS = (*(f"*.{suffix}" for suffix in LFS_SUFFIXES), "saved_model/**/*", "*tfevents*")
-"""Which files of a new repository are LFS files whatever their size, as .gitattributes says it."""
-ATTRIBUTES = "".join(f"{pattern} filter=lfs diff=lfs merge=lfs -text\n" for pattern in LFS_PATTERNS).encode()
 
 SCHEMA = """
 -- A key is given once: what belonged to a repository that was deleted never belongs to another.
@@ -63,98 +66,6 @@ CREATE TABLE IF NOT EXISTS commits (
 CREATE TABLE IF NOT EXISTS files (
     oid TEXT PRIMARY KEY, sha256 TEXT NOT NULL, size INTEGER NOT NULL, lfs INTEGER NOT NULL) WITHOUT ROWID;
 """
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Repository:
-    """A repository as it was when it was asked for. `key` stays when it moves."""
-
-    key: int
-    type: str
-    owner: str
-    name: str
-    private: bool
-    gated: Gated
-    disabled: bool
-    created: str
-
-    @property
-    def id(self) -> str:
-        """`owner/name`, or `name` where there is no owner."""
-        return f"{self.owner}/{self.name}" if self.owner else self.name
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Entry:
-    """A file or folder. `oid`: git's id, of an LFS file that of its pointer; `sha256` is None for folders."""
-
-    path: str
-    directory: bool
-    oid: str
-    size: int
-    sha256: str | None
-    lfs: bool
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Commit:
-    """A commit. `title` is the first line of its text and `message` what follows; `date` is ISO 8601 in UTC."""
-
-    oid: str
-    parent: str | None
-    title: str
-    message: str
-    author: str
-    date: str
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Ref:
-    """A branch, tag or pull request: `full` is refs/heads/x, refs/tags/x or refs/pr/1, `name` its end.
-
-    `message`, `author` and `date` are those of whoever made it; `message` is the title of a pull request.
-    """
-
-    name: str
-    full: str
-    oid: str
-    message: str
-    author: str
-    date: str
-
-
-@dataclasses.dataclass(frozen=True)
-class AddFile:
-    """A file whose content was added to the blobs; the caller has it from whoever commits."""
-
-    path: str
-    sha256: str
-
-
-@dataclasses.dataclass(frozen=True)
-class AddLfs:
-    """An LFS file whose content this repository has. `size` is compared unless it is None."""
-
-    path: str
-    sha256: str
-    size: int | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class DeleteFile:
-    """A file that goes."""
-
-    path: str
-
-
-@dataclasses.dataclass(frozen=True)
-class DeleteFolder:
-    """A folder that goes with all that is in it; clients write its path with or without a slash at the end."""
-
-    path: str
-
-
-Operation = AddFile | AddLfs | DeleteFile | DeleteFolder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -221,21 +132,20 @@ class Store:
 
     def find_repository(self, type: str, id: str) -> Repository | None:
         """The repository that is called so now."""
-        owner, slash, name = id.rpartition("/")
-        if not names.is_text(id) or (slash and not owner):
-            return None
-        where = "type = ? AND owner = ? AND name = ?"
-        rows = self.database.read(f"SELECT {_REPOSITORY} FROM repositories WHERE {where}", (type, owner, name))
-        return _as_repository(rows[0]) if rows else None
+        return self._called("type = ? AND owner = ? AND name = ?", type, id)
 
     def moved_to(self, type: str, id: str) -> str | None:
         """What a repository is called now that was called so before."""
+        known = "key = (SELECT repository FROM moves WHERE type = ? AND owner = ? AND name = ?)"
+        found = self._called(known, type, id)
+        return None if found is None else found.id
+
+    def _called(self, where: str, type: str, id: str) -> Repository | None:
         owner, slash, name = id.rpartition("/")
         if not names.is_text(id) or (slash and not owner):
             return None
-        where = "key = (SELECT repository FROM moves WHERE type = ? AND owner = ? AND name = ?)"
         rows = self.database.read(f"SELECT {_REPOSITORY} FROM repositories WHERE {where}", (type, owner, name))
-        return _as_repository(rows[0]).id if rows else None
+        return _as_repository(rows[0]) if rows else None
 
     def repositories(self, type: str, *, owner: str | None = None, search: str | None = None) -> list[Repository]:
         """Those of a type, newest first; of one owner; with a text in their id, in whatever case."""

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from harness.hub.fsck import fsck
-from harness.hub.store import AddFile, Repository, Store
+from harness.hub.records import AddFile, Repository
+from harness.hub.store import Store
 
 pytestmark = pytest.mark.benchmark(group="Hub store")
 

@@ -18,7 +18,8 @@ from typing import Any
 import pytest
 
 from harness.hub import HubServer
-from harness.hub.store import AddFile, AddLfs, Commit, Operation, Repository, Store
+from harness.hub.records import AddFile, AddLfs, Commit, Operation, Repository
+from harness.hub.store import Store
 
 NOON = datetime(2024, 2, 29, 12, tzinfo=UTC)
 

@@ -18,7 +18,7 @@ from importlib import metadata
 from pathlib import Path
 
 from harness.hub import Fault, HubServer
-from harness.hub.store import AddLfs
+from harness.hub.records import AddLfs
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "hub.md"
 LINES = ("huggingface_hub 2.x", "huggingface_hub 0.36")

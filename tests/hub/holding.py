@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from harness.hub.store import ATTRIBUTES
+from harness.hub.attributes import ATTRIBUTES
 
 TYPES = ("model", "dataset")
 ATTRIBUTES_SHA256 = hashlib.sha256(ATTRIBUTES).hexdigest()

@@ -23,7 +23,8 @@ ROUNDS = 6
 COMMON = """
     import json, os, signal, sys, threading
     from pathlib import Path
-    from harness.hub.store import AddFile, AddLfs, DeleteFolder, Store
+    from harness.hub.records import AddFile, AddLfs, DeleteFolder
+    from harness.hub.store import Store
 
     store = Store(Path(sys.argv[1]))
 

@@ -17,7 +17,8 @@ from harness.errors import DescriptionError
 from harness.hub.database import FILE
 from harness.hub.fsck import Problem, fsck
 from harness.hub.objects import Child, object_oid, read_tree, tree_content
-from harness.hub.store import AddFile, DeleteFile, Repository, Store
+from harness.hub.records import AddFile, DeleteFile, Repository
+from harness.hub.store import Store
 
 PLAIN, WEIGHTS = b"plain text", b"weights of a model"
 ABSENT = "0" * 40

@@ -26,8 +26,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
 from harness.hub import client_environment
+from harness.hub.attributes import ATTRIBUTES
 from harness.hub.fsck import fsck
-from harness.hub.store import ATTRIBUTES
 from harness.hub.wire import reserved_port
 from tests.hub.holding import (
     TYPES,

@@ -20,20 +20,12 @@ import pytest
 
 from harness.errors import DescriptionError
 from harness.hub import objects
+from harness.hub.attributes import ATTRIBUTES
 from harness.hub.blobs import Blobs
 from harness.hub.database import FILE, LOCK, SCHEMA_VERSION, Database
+from harness.hub.records import AddFile, AddLfs, DeleteFile, DeleteFolder, Entry, Operation, Repository
 from harness.hub.refusals import Refusal
-from harness.hub.store import (
-    ATTRIBUTES,
-    AddFile,
-    AddLfs,
-    DeleteFile,
-    DeleteFolder,
-    Entry,
-    Operation,
-    Repository,
-    Store,
-)
+from harness.hub.store import Store
 
 Put = Callable[..., Any]
 NOON = datetime(2024, 2, 29, 12, tzinfo=UTC)

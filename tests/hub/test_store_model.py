@@ -26,9 +26,11 @@ from hypothesis.stateful import (
     rule,
 )
 
+from harness.hub.attributes import ATTRIBUTES
 from harness.hub.fsck import fsck
+from harness.hub.records import AddFile, AddLfs, DeleteFile, DeleteFolder, Operation, Repository
 from harness.hub.refusals import Refusal
-from harness.hub.store import ATTRIBUTES, AddFile, AddLfs, DeleteFile, DeleteFolder, Operation, Repository, Store
+from harness.hub.store import Store
 
 NOON = datetime(2024, 2, 29, 12, tzinfo=UTC)
 """Always: then the ids of commits, which choose what is done next, are the same in every run."""

@@ -12,8 +12,8 @@ from harness.hub.accounts import Account
 from harness.hub.api import admin, commits, files, identity, lfs, refs, repositories, trees
 from harness.hub.api.calls import PREFIXES, TYPES, Call, Hub, RepositoryCall, no_repository
 from harness.hub.messages import Handler, Request, Response
+from harness.hub.records import Repository
 from harness.hub.refusals import Refusal
-from harness.hub.store import Repository
 
 Access = Literal["see", "download", "propose", "write", "own"]
 """What a sender needs: to see the repository, its files, to open a pull request there (whoever sees it and has a token

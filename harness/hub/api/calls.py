@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from harness.hub.accounts import Account, Accounts
     from harness.hub.faults import Faults
     from harness.hub.journal import Journal
-    from harness.hub.store import Entry, Repository, Store
+    from harness.hub.records import Entry, Repository
+    from harness.hub.store import Store
 
 JSON_BYTES = 4 << 20
 """Largest body of an endpoint that takes JSON or a form; those with files in them have limits of their own."""

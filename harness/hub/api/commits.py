@@ -5,16 +5,15 @@ from __future__ import annotations
 
 import base64
 import binascii
-import fnmatch
-import posixpath
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from harness.hub.api.calls import RepositoryCall, json_object, shown
+from harness.hub.attributes import is_lfs
 from harness.hub.messages import Response, json_response
 from harness.hub.names import check_path, is_text
+from harness.hub.records import AddFile, AddLfs, DeleteFile, DeleteFolder, Operation
 from harness.hub.refusals import Refusal
-from harness.hub.store import LFS_PATTERNS, AddFile, AddLfs, DeleteFile, DeleteFolder, Operation
 
 MOST_FILES = 256
 """Files that one /preupload/ request may ask about."""
@@ -47,15 +46,6 @@ def preupload(call: RepositoryCall) -> Response:
             }
         )
     return json_response({"files": found, "commitOid": commit})
-
-
-def is_lfs(path: str, size: int, sample: bytes, *, limit: int) -> bool:
-    """Whether a file is kept by LFS: by its name, because it is large, or because it is no text. Empty ones never."""
-    if size <= 0:
-        return False
-    names = (path, posixpath.basename(path))
-    named = any(fnmatch.fnmatchcase(name, pattern) for name in names for pattern in LFS_PATTERNS)
-    return named or size > limit or b"\0" in sample
 
 
 def _ignored(call: RepositoryCall, commit: str, patterns: str | None) -> Callable[[str], bool]:

@@ -8,8 +8,8 @@ from typing import Any
 
 from harness.hub.api.calls import RepositoryCall, shown
 from harness.hub.messages import Response, json_response
+from harness.hub.records import Ref
 from harness.hub.refusals import Refusal
-from harness.hub.store import Ref
 
 PAGE = 50
 LARGEST_PAGE = 1000

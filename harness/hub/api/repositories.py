@@ -10,8 +10,8 @@ from harness.hub.accounts import AccessStatus
 from harness.hub.api.calls import TYPES, Call, RepositoryCall, no_repository, pointer_size, repository_url, shown
 from harness.hub.messages import Response, json_response
 from harness.hub.names import repository_parts
+from harness.hub.records import Repository
 from harness.hub.refusals import Refusal
-from harness.hub.store import Repository
 
 PAGE = 100
 LARGEST_PAGE = 1000

@@ -8,8 +8,8 @@ from urllib.parse import parse_qs
 
 from harness.hub.api.calls import JSON_BYTES, RepositoryCall, described, json_object
 from harness.hub.messages import Response, json_response
+from harness.hub.records import Entry
 from harness.hub.refusals import Refusal
-from harness.hub.store import Entry
 
 PAGE = 1000
 EXPANDED_PAGE = 50
