@@ -89,6 +89,7 @@ def test_the_failure_in_the_text_is_one_that_the_gate_prints(
 
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "120")  # a worker of xdist has another width
     for file in (ROOT / "reference_models/nanogpt").glob("[cm][a-z]*_nanogpt.py"):
         shutil.copy(file, tmp_path)
     shutil.copy(ROOT / "reference_models/nanogpt/checkpoint.py", tmp_path)
