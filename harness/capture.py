@@ -69,7 +69,14 @@ def capture_both(
     present = [tap for tap in taps if tap.port in names]
     _, theirs = capture(original[0], {tap.name: tap.original for tap in present}, original[1])
     _, ours = capture(port[0], {tap.name: tap.port for tap in present}, port[1], in_parts=True)
-    return ours, theirs
+    # Rows and tokens may stand in one axis, as experts take them.
+    return {name: like(tensor, theirs[name]) for name, tensor in ours.items()}, theirs
+
+
+def like(tensor: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """The tensor in the shape of another that has as many numbers and the same last axis; else as it is."""
+    fits = tensor.numel() == other.numel() and tensor.shape[-1:] == other.shape[-1:]
+    return tensor.reshape(other.shape) if fits else tensor
 
 
 @dataclasses.dataclass(kw_only=True)

@@ -50,6 +50,85 @@ class Tap:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class RoutedLayer:
+    """A layer that sends every token to some of its experts, as places in both models.
+
+    layer: what the experts' outputs are summed to, in the shape of its input or with rows and tokens in one axis.
+    logits: the scores of the experts before any is chosen, (tokens, experts), row after row. router: the module whose
+    output says, in some ports, what was chosen.
+    """
+
+    layer: Tap
+    logits: Tap
+    router: Tap
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Decision:
+    """Where tokens go: all (tokens, k), the best expert first.
+
+    indices: int64, the experts. ranks: int64, place in the expert's queue. keep: bool, whether there was room.
+    weights: what the expert's output is multiplied by, 0 where there was no room.
+    """
+
+    indices: torch.Tensor
+    ranks: torch.Tensor
+    keep: torch.Tensor
+    weights: torch.Tensor
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Observed:
+    """One routed layer of the original in a call: its module, what it was given (tokens, width), its router logits."""
+
+    module: torch.nn.Module
+    inputs: torch.Tensor
+    logits: torch.Tensor
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Auxiliary:
+    """A term of the training loss that depends on the routed layers, and its closed form.
+
+    on: overrides of a configuration that has none of the terms, which switch this one on. closed_form: (fields, the
+    routed layers) -> what the loss grows by; its gradient is the term's too.
+    """
+
+    name: str
+    on: Fields
+    closed_form: Callable[[Fields, Sequence[Observed]], torch.Tensor]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Routing:
+    """How a sparse family chooses experts: what the checks of group `routing` need.
+
+    layers: fields -> its routed layers, in order.
+    decide: (router logits (tokens, experts), fields, whether in training) -> the decision, in closed form.
+    expert_outputs: (routed layer of the original, inputs (tokens, width)) -> every expert's output of every token,
+        (tokens, experts, width), before it is weighed.
+    exposed: what a port's router returned -> its decision by field of `Decision`, None where it returns something else.
+    crowded: fields -> the same with too little room: many tokens find none.
+    capacity: (fields, number of tokens, whether in training) -> how many tokens an expert takes.
+    quiet: overrides that switch every auxiliary loss and all noise off.
+    noise: overrides that switch noise in the choice on, where the family has it.
+    auxiliary: the terms of the training loss, each alone.
+    auxiliary_in_evaluation: whether the terms are part of the loss in evaluation too.
+    """
+
+    layers: Callable[[Fields], Sequence[RoutedLayer]]
+    decide: Callable[[torch.Tensor, Fields, bool], Decision]
+    expert_outputs: Callable[[torch.nn.Module, torch.Tensor], torch.Tensor]
+    exposed: Callable[[Any], Mapping[str, torch.Tensor] | None]
+    crowded: Callable[[Fields], Fields]
+    capacity: Callable[[Fields, int, bool], int]
+    quiet: Fields = dataclasses.field(default_factory=dict)
+    noise: Fields = dataclasses.field(default_factory=dict)
+    auxiliary: Sequence[Auxiliary] = ()
+    auxiliary_in_evaluation: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Family:
     """One model with its conventions. Everything a check needs to know that is about one family alone.
 
@@ -58,13 +137,14 @@ class Family:
     name: the word used in descriptions and reports.
     features: what the family has; a check whose needs are not among them is skipped. Known words: `logits`, `loss`,
         `causal`, `masks`, `dropout`, `generation`, `checkpoint`, `initialisation`, `parameter_groups`, `taps`,
-        `tied_embeddings`, `learned_positions`, `attentions`.
+        `tied_embeddings`, `learned_positions`, `attentions`, `routing`.
     configurations: a Hypothesis strategy of `Fields`, valid by construction, that shrinks to the plainest model.
     original: `module:Class` of the built-in original.
     build_original: (class, fields) -> module in evaluation mode with its default initialisation.
     run_original: (module, inputs, targets or None) -> outputs by name; at least `logits` (batch, tokens, vocabulary),
         and `loss` (scalar) when targets are given. Taps are read by the harness itself.
     fields: original field -> names it is known by in ports, the likeliest first (the field's own name is always tried).
+    own_names: fields whose own name scripts and old files give to a port's configuration too, whatever it calls them.
     port_fields: constants every port's configuration gets where it declares the name.
     defaults: every field of the original's configuration, with what it is where nothing is given; None: not all of them
         have a default.
@@ -73,6 +153,11 @@ class Family:
     large: overrides of a drawn case's fields, each of which makes a model that is larger somewhere than any that is
         drawn (layers with numbers of two digits, more positions or tokens, wider heads). A few checks ask for one row
         of its full length; `weights.large` writes files of the first.
+    independent: fields -> those of a model near this one in which a token depends on no other row and on nothing that
+        comes later: with room for every token at every expert, no loss and no noise over the batch. None: all are.
+    continuous: fields -> those of a model near this one that has no choices, so that small errors stay small. None: all
+        are.
+    routing: how a family with experts chooses them.
     port_key: (original's state-dict key) -> the port's key.
     tied: groups of state-dict keys of the original that are one tensor.
     maximum_length, vocabulary: names of the fields that bound positions and token ids.
@@ -108,11 +193,15 @@ class Family:
     build_original: Callable[[type, Fields], torch.nn.Module]
     run_original: Callable[[torch.nn.Module, torch.Tensor, torch.Tensor | None], dict[str, torch.Tensor]]
     fields: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
+    own_names: Sequence[str] = ()
     port_fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     defaults: Fields | None = None
     special_tokens: Mapping[str, int | None] = dataclasses.field(default_factory=dict)
     refused: Sequence[Fields] = ()
     large: Sequence[Fields] = ()
+    independent: Callable[[Fields], Fields] | None = None
+    continuous: Callable[[Fields], Fields] | None = None
+    routing: Routing | None = None
     port_key: Callable[[str], str] = str
     tied: Sequence[Sequence[str]] = ()
     maximum_length: str = "max_position_embeddings"

@@ -33,8 +33,11 @@ def judged_at(trial: Trial, case: Case, error: Mismatch) -> Trial | None:
 
 
 def narrows(trial: Trial, case: Case) -> bool:
-    """Whether the port's forward or backward pass makes float32 out of float64, in any of its attentions."""
-    from harness.checks.loss import at_least_two_tokens, port_labels, training_loss
+    """Whether a forward or backward pass, the port's or the original's, makes float32 out of float64.
+
+    In any of the port's attentions, and in training, where a loss may have terms of its own.
+    """
+    from harness.checks.loss import at_least_two_tokens, original_targets, port_labels, training_loss
 
     here = dataclasses.replace(trial, route=main_route(trial.port))  # operations can be watched in this process alone
     try:
@@ -44,6 +47,16 @@ def narrows(trial: Trial, case: Case) -> bool:
             if pytorch.float32_inside(lambda: port_logits(here, pair.port, tokens)):
                 return True
         labels = port_labels(here, tokens, pair.batch.targets)
-        return bool(pytorch.float32_inside(lambda: training_loss(here, pair.port, tokens, labels).backward()))
+        targets = original_targets(here, labels)
+        pair.port.train()
+        pair.original.train()
+
+        def train() -> None:
+            training_loss(here, pair.port, tokens, labels).backward()
+
+        def train_original() -> None:
+            trial.family.run_original(pair.original, tokens, targets)["loss"].backward()
+
+        return bool(pytorch.float32_inside(train) or pytorch.float32_inside(train_original))
     except (Exception, SystemExit):  # a port that cannot run does not narrow
         return False

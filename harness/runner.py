@@ -313,7 +313,7 @@ def _explore(item: Item, options: Options, shared: Session, directory: Path) -> 
 
     failure = explore(
         attempt,
-        cases(item.family),
+        cases(item.family, item.check.cases),
         examples=_examples(item) * PROFILES[options.profile],
         seed=seed_of(item, options),
         database=f"{item.port.name}::{item.id}" if options.profile == "nightly" else None,

@@ -5,12 +5,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from harness.families import Family
 
 if TYPE_CHECKING:
     from hypothesis.strategies import SearchStrategy
+
+
+Kind = Literal["drawn", "independent", "continuous"]
+"""Which models of a family a check is about: any, or those of `Family.independent` or `Family.continuous`."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,13 +48,16 @@ def large_cases(family: Family, case: Case) -> Iterator[tuple[str, Case]]:
         yield described, dataclasses.replace(case, fields=fields, rows=1, tokens=fields[family.maximum_length])
 
 
-def cases(family: Family) -> SearchStrategy[Case]:
+def cases(family: Family, kind: Kind = "drawn") -> SearchStrategy[Case]:
     """A strategy of cases of a family. Lengths favour the corners: one token, and exactly the maximum."""
     from hypothesis import strategies as st
+
+    nearby = {"independent": family.independent, "continuous": family.continuous}.get(kind)
 
     @st.composite
     def draw_case(draw: st.DrawFn) -> Case:
         fields = draw(family.configurations())
+        fields = dict(nearby(fields)) if nearby else fields
         maximum = fields[family.maximum_length]
         # The same choices for every kind, so that a length that does not matter shrinks to the shortest.
         kind, length = draw(st.sampled_from(("any", "maximum", "one"))), draw(st.integers(2, maximum))

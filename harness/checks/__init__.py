@@ -12,6 +12,8 @@ import importlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from harness.cases import Kind
+
 if TYPE_CHECKING:
     from harness.cases import Case
     from harness.trial import Trial
@@ -28,7 +30,8 @@ class Check:
     """One property, as data.
 
     needs: features a family must have. routes, dtypes: one result for each combination. devices: asked again on every
-    accelerator of the family, not on the CPU alone. examples: cases drawn in profile `gate`.
+    accelerator of the family, not on the CPU alone. examples: cases drawn in profile `gate`. cases: which models of the
+    family it holds for.
     """
 
     id: str
@@ -37,6 +40,7 @@ class Check:
     dtypes: tuple[str, ...] = SEMANTICS
     devices: bool = False
     examples: int = 8
+    cases: Kind = "drawn"
 
 
 def function_of(check: Check) -> Callable[[Trial, Case], dict[str, float]]:
@@ -65,7 +69,7 @@ EVERY_ROUTE = (MAIN, "direct", "pretrained", "remote_code", "hub")
 CATALOGUE: tuple[Check, ...] = (
     Check(id="config.json_round_trip"),
     Check(id="config.fields"),
-    Check(id="config.unknown_keys", examples=3),
+    Check(id="config.unknown_keys", examples=5),
     Check(id="config.declared"),
     Check(id="config.defaults", examples=2),
     Check(id="config.refused", examples=3),
@@ -90,46 +94,64 @@ CATALOGUE: tuple[Check, ...] = (
     Check(id="forward.beyond_maximum", needs=("logits", "learned_positions"), examples=4),
     Check(id="forward.small_scale", needs=("logits",), devices=True),
     Check(id="forward.large_scale", needs=("logits",), devices=True),
-    Check(id="forward.rows_independent", needs=("logits",), devices=True),
-    Check(id="forward.causal", needs=("causal",), devices=True),
+    Check(id="forward.rows_independent", needs=("logits",), devices=True, cases="independent"),
+    Check(id="forward.causal", needs=("causal",), devices=True, cases="independent"),
     Check(id="forward.deterministic", needs=("logits",), devices=True),
-    Check(id="forward.inputs_embeds", needs=("logits",), devices=True),
+    Check(id="forward.inputs_embeds", needs=("logits",), devices=True, cases="independent"),
     Check(id="forward.position_ids", needs=("learned_positions", "causal"), devices=True),
     Check(id="masks.none_is_ones", needs=("masks",), devices=True),
     Check(id="masks.additive", needs=("masks",), devices=True),
-    Check(id="masks.right_padding", needs=("masks",), devices=True),
-    Check(id="masks.left_padding", needs=("masks",), devices=True),
-    Check(id="masks.interior_padding", needs=("masks",), devices=True),
-    Check(id="masks.pad_content", needs=("masks",), devices=True),
-    Check(id="masks.packed", needs=("learned_positions", "causal", "masks"), devices=True, examples=4),
-    Check(id="masks.all_masked_row", needs=("masks",), devices=True),
+    Check(id="masks.right_padding", needs=("masks",), devices=True, cases="independent"),
+    Check(id="masks.left_padding", needs=("masks",), devices=True, cases="independent"),
+    Check(id="masks.interior_padding", needs=("masks",), devices=True, cases="independent"),
+    Check(id="masks.pad_content", needs=("masks",), devices=True, cases="independent"),
+    Check(
+        id="masks.packed", needs=("learned_positions", "causal", "masks"), devices=True, examples=4, cases="independent"
+    ),
+    Check(id="masks.all_masked_row", needs=("masks",), devices=True, cases="independent"),
     Check(id="loss.value", needs=("loss",), devices=True),
     Check(id="loss.ignored", needs=("loss",)),
     Check(id="loss.from_logits", needs=("loss",)),
     Check(id="loss.targets", needs=("loss",), examples=4),
-    Check(id="loss.pure", needs=("loss",)),
+    Check(id="loss.pure", needs=("loss",), cases="independent"),
     Check(id="training.gradients", needs=("loss",), devices=True),
-    Check(id="training.gradients_masked", needs=("loss", "masks"), devices=True, examples=4),
+    Check(id="training.gradients_masked", needs=("loss", "masks"), devices=True, examples=4, cases="independent"),
     Check(id="training.special_tokens", needs=("loss",), examples=3),
     Check(id="training.optimiser_steps", needs=("loss", "parameter_groups"), devices=True, examples=4),
     Check(id="training.initialisation", needs=("initialisation",), examples=2),
     Check(id="training.dropout", needs=("loss", "dropout"), examples=4),
     Check(id="training.gradient_checkpointing", needs=("loss",), devices=True, examples=4),
-    Check(id="training.micro_batches", needs=("loss",), examples=4),
+    Check(id="training.micro_batches", needs=("loss",), examples=4, cases="independent"),
     Check(id="training.parameter_groups", needs=("parameter_groups",), examples=3),
-    Check(id="generation.greedy", needs=("generation",), devices=True),
-    Check(id="generation.past_maximum", needs=("generation", "learned_positions"), devices=True, examples=5),
-    Check(id="generation.large", needs=("generation",), examples=1),
-    Check(id="generation.cache", needs=("generation",), devices=True),
-    Check(id="generation.cache_masked", needs=("generation", "masks"), devices=True),
-    Check(id="generation.chunked_prefill", needs=("generation",), devices=True),
-    Check(id="generation.sampled", needs=("generation",), examples=5),
-    Check(id="generation.batch", needs=("generation",), devices=True, examples=5),
-    Check(id="generation.left_padded", needs=("generation", "masks"), devices=True, examples=5),
-    Check(id="generation.beam", needs=("generation",), examples=4),
-    Check(id="generation.given", needs=("generation",), examples=2),
-    Check(id="generation.static_cache", needs=("generation",), devices=True, examples=4),
-    Check(id="generation.inputs_embeds", needs=("generation",), examples=3),
+    Check(id="generation.greedy", needs=("generation",), devices=True, cases="independent"),
+    Check(
+        id="generation.past_maximum",
+        needs=("generation", "learned_positions"),
+        devices=True,
+        examples=5,
+        cases="independent",
+    ),
+    Check(id="generation.large", needs=("generation",), examples=1, cases="independent"),
+    Check(id="generation.cache", needs=("generation",), devices=True, cases="independent"),
+    Check(id="generation.cache_masked", needs=("generation", "masks"), devices=True, cases="independent"),
+    Check(id="generation.chunked_prefill", needs=("generation",), devices=True, cases="independent"),
+    Check(id="generation.sampled", needs=("generation",), examples=5, cases="independent"),
+    Check(id="generation.batch", needs=("generation",), devices=True, examples=5, cases="independent"),
+    Check(id="generation.left_padded", needs=("generation", "masks"), devices=True, examples=5, cases="independent"),
+    Check(id="generation.beam", needs=("generation",), examples=4, cases="independent"),
+    Check(id="generation.given", needs=("generation",), examples=2, cases="independent"),
+    Check(id="generation.static_cache", needs=("generation",), devices=True, examples=4, cases="independent"),
+    Check(id="generation.inputs_embeds", needs=("generation",), examples=3, cases="independent"),
+    Check(id="routing.logits", needs=("routing",), devices=True),
+    Check(id="routing.choices", needs=("routing",), devices=True, examples=12),
+    Check(id="routing.capacity", needs=("routing",), examples=4),
+    Check(id="routing.auxiliary", needs=("routing", "loss"), devices=True, examples=4),
+    Check(id="routing.noise", needs=("routing", "loss"), examples=3, cases="independent"),
+    Check(id="routing.variance", needs=("routing", "causal"), devices=True),
+    Check(id="routing.padding", needs=("routing", "masks"), devices=True),
+    Check(id="routing.generation", needs=("routing", "generation"), devices=True, examples=5),
+    Check(id="routing.purity", needs=("routing", "loss"), examples=4),
+    Check(id="routing.precision", needs=("routing", "logits"), dtypes=(*PRECISIONS, "autocast"), devices=True),
     Check(id="roundtrip.pretrained", examples=6),
     Check(id="roundtrip.options", examples=2),
     Check(id="roundtrip.copies", needs=("logits",), examples=2),
@@ -147,7 +169,7 @@ CATALOGUE: tuple[Check, ...] = (
     Check(id="remote_code.resaved", examples=2),
     Check(id="remote_code.two_models", needs=("logits",), examples=2),
     Check(id="remote_code.base_model", examples=1),
-    Check(id="remote_code.generation", needs=("generation",), examples=2),
+    Check(id="remote_code.generation", needs=("generation",), examples=2, cases="independent"),
     Check(id="remote_code.cold", needs=("logits",), examples=1),
     Check(id="hub.files", examples=1),
     Check(id="hub.outputs", needs=("logits",), examples=2),
@@ -162,20 +184,35 @@ CATALOGUE: tuple[Check, ...] = (
     Check(id="hub.bin", needs=("logits",), examples=1),
     Check(id="hub.sharded", needs=("logits",), examples=1),
     Check(id="hub.tokenizer", needs=("logits",), examples=1),
-    Check(id="precision.logits", needs=("logits",), dtypes=(*PRECISIONS, "autocast"), devices=True),
+    Check(id="precision.logits", needs=("logits",), dtypes=(*PRECISIONS, "autocast"), devices=True, cases="continuous"),
     Check(
         id="precision.long_positions",
         needs=("logits", "learned_positions"),
         dtypes=("bfloat16",),
         devices=True,
         examples=1,
+        cases="continuous",
     ),
-    Check(id="precision.loss", needs=("loss",), dtypes=(*PRECISIONS, "autocast"), devices=True, examples=5),
-    Check(id="precision.masks", needs=("masks",), dtypes=PRECISIONS, devices=True, examples=5),
-    Check(id="precision.gradients", needs=("loss",), dtypes=("float32", "bfloat16"), devices=True, examples=4),
-    Check(id="precision.cache", needs=("generation",), dtypes=PRECISIONS, devices=True, examples=4),
+    Check(
+        id="precision.loss",
+        needs=("loss",),
+        dtypes=(*PRECISIONS, "autocast"),
+        devices=True,
+        examples=5,
+        cases="continuous",
+    ),
+    Check(id="precision.masks", needs=("masks",), dtypes=PRECISIONS, devices=True, examples=5, cases="continuous"),
+    Check(
+        id="precision.gradients",
+        needs=("loss",),
+        dtypes=("float32", "bfloat16"),
+        devices=True,
+        examples=4,
+        cases="continuous",
+    ),
+    Check(id="precision.cache", needs=("generation",), dtypes=PRECISIONS, devices=True, examples=4, cases="continuous"),
     Check(id="backend.attention", needs=("logits",), devices=True, examples=6),
-    Check(id="backend.attention_masked", needs=("masks",), devices=True, examples=6),
+    Check(id="backend.attention_masked", needs=("masks",), devices=True, examples=6, cases="independent"),
     Check(id="backend.attention_gradients", needs=("loss",), devices=True, examples=4),
     Check(id="backend.placement", needs=("logits",), examples=2),
     Check(id="backend.compiled", needs=("logits",), examples=1),

@@ -188,15 +188,34 @@ def _refuses(cls: type, values: Mapping[str, Any]) -> bool:
 def unknown_keys(trial: Trial, case: Case) -> dict[str, float]:
     """A key nobody declares is refused, or at least kept and written to config.json; it never vanishes.
 
+    A field's name in the original, where old files and scripts have it, is taken for that field, or refused.
     Would have caught: `GPTConfig(top_k=4)` that silently trained a model with two experts a token.
     """
     try:
         config = port_config(trial, case.fields, **{UNKNOWN_KEY: 3})
     except (TypeError, ValueError, AttributeError):
-        return {"refused": 1.0}
-    if config.to_dict().get(UNKNOWN_KEY) != 3:
+        config = None
+    if config is not None and config.to_dict().get(UNKNOWN_KEY) != 3:
         raise Mismatch("an unknown key is accepted and then lost; a configuration refuses it, or keeps it")
-    return {"refused": 0.0}
+    for field in trial.family.own_names:
+        _own_name_counts(trial, case, field)
+    return {"refused": float(config is None)}
+
+
+def _own_name_counts(trial: Trial, case: Case, field: str) -> None:
+    """Raises Mismatch when a field given by its name in the original is accepted, and the port's stays as it was."""
+    cls = config_class(trial)
+    name = port_field(trial, cls, field)
+    others = {port_field(trial, cls, key): value for key, value in case.fields.items() if key != field}
+    try:
+        config = cls(**others, **{field: case.fields[field]})
+    except (TypeError, ValueError, AttributeError):
+        return
+    if getattr(config, name) != case.fields[field]:
+        raise Mismatch(
+            f"{cls.__name__}({field}={case.fields[field]!r}) is accepted and leaves {name}={getattr(config, name)!r};"
+            f" {field} is what the original and its files call it: a configuration takes it, or refuses it"
+        )
 
 
 def declared(trial: Trial, case: Case) -> dict[str, float]:

@@ -45,8 +45,8 @@ def greedy(trial: Trial, case: Case) -> dict[str, float]:
     At the first different token the two best logits must be closer than the bound, or it is a failure. Would have
     caught: sampling by default, a stop token of another model, a cache that is off by one.
     """
-    pair, prompt, count = _prompted(trial, case)
-    return _continues(trial, pair, prompt, count)
+    pair, prompt, count = prompted(trial, case)
+    return continues(trial, pair, prompt, count)
 
 
 def past_maximum(trial: Trial, case: Case) -> dict[str, float]:
@@ -55,11 +55,11 @@ def past_maximum(trial: Trial, case: Case) -> dict[str, float]:
     With a cache the request cannot be met. A refusal is a ValueError that names the maximum. Would have caught: an
     IndexError in the middle of a generation, positions that stop counting.
     """
-    pair, prompt, _ = _prompted(trial, case)
+    pair, prompt, _ = prompted(trial, case)
     maximum = case.fields[trial.family.maximum_length]
     count = maximum - prompt.shape[1] + 4
     try:
-        numbers = _continues(trial, pair, prompt, count, use_cache=False)
+        numbers = continues(trial, pair, prompt, count, use_cache=False)
         if "masks" in trial.family.features and prompt.shape[1] > 1:
             numbers = worst(
                 numbers, _continues_padded(trial, pair, prompt, case, max_new_tokens=count, use_cache=False)
@@ -110,7 +110,7 @@ def _large(trial: Trial, pair: Pair, case: Case) -> dict[str, float]:
     steps = FAR if maximum <= FAR else 1
     prompt = pair.batch.tokens[:, 1:]
     try:
-        return worst(numbers, _continues(trial, pair, prompt, 1 + steps, use_cache=False))
+        return worst(numbers, continues(trial, pair, prompt, 1 + steps, use_cache=False))
     except ValueError as error:
         _require_named(maximum, error)
         return numbers
@@ -206,7 +206,7 @@ def sampled(trial: Trial, case: Case) -> dict[str, float]:
     Would have caught: a default top_k of 50 that nobody asked for, temperature applied after the cut.
     """
     trial = dataclasses.replace(trial, dtype="float32")
-    pair, prompt, count = _prompted(trial, case)
+    pair, prompt, count = prompted(trial, case)
     original = original_model(trial, case, dtype="float32")
     numbers: dict[str, float] = {}
     for temperature, top_k in ((0.8, 5), (1.3, None)):
@@ -234,7 +234,7 @@ def batch(trial: Trial, case: Case) -> dict[str, float]:
 
     Would have caught: one row's finished flag or cache used for all.
     """
-    pair, prompt, count = _prompted(trial, dataclasses.replace(case, rows=3))
+    pair, prompt, count = prompted(trial, dataclasses.replace(case, rows=3))
     together = _generate(trial, pair.port, prompt, max_new_tokens=count)
     return worst(*(_follows(trial, pair, together.row(row), prompt.shape[1], count) for row in range(3)))
 
@@ -244,7 +244,7 @@ def left_padded(trial: Trial, case: Case) -> dict[str, float]:
 
     Would have caught: positions counted over padding at the first step, or at every one after it.
     """
-    pair, prompt, count = _prompted(trial, dataclasses.replace(case, rows=2, tokens=max(case.tokens, 2)))
+    pair, prompt, count = prompted(trial, dataclasses.replace(case, rows=2, tokens=max(case.tokens, 2)))
     return worst(
         *(
             _continues_padded(trial, pair, prompt, case, max_new_tokens=count, use_cache=use_cache)
@@ -276,7 +276,7 @@ def beam(trial: Trial, case: Case) -> dict[str, float]:
     """
     maximum = case.fields[trial.family.maximum_length]
     short = max(1, maximum - BEAM_STEPS)
-    pair, prompt, count = _prompted(trial, dataclasses.replace(case, rows=1, tokens=min(case.tokens, short)))
+    pair, prompt, count = prompted(trial, dataclasses.replace(case, rows=1, tokens=min(case.tokens, short)))
     steps = min(count, BEAM_STEPS)
     options = {"max_new_tokens": steps, "num_beams": BEAMS, "num_return_sequences": BEAMS}
     actual = _generate(trial, pair.port, prompt, **options).tokens
@@ -295,8 +295,8 @@ def static_cache(trial: Trial, case: Case) -> dict[str, float]:
 
     Would have caught: a mask as long as the sequence where the cache is longer, positions read from the cache's size.
     """
-    pair, prompt, count = _prompted(trial, case)
-    numbers = _continues(trial, pair, prompt, count, cache_implementation="static", disable_compile=True)
+    pair, prompt, count = prompted(trial, case)
+    numbers = continues(trial, pair, prompt, count, cache_implementation="static", disable_compile=True)
     if not getattr(pair.port, "_can_compile_fullgraph", False):
         return numbers  # a port may leave it to generate() to make the mask that such a cache needs
     tokens = pair.batch.tokens
@@ -328,7 +328,7 @@ def inputs_embeds(trial: Trial, case: Case) -> dict[str, float]:
 
     Would have caught: embeddings used at every step, or dropped after the first without their positions.
     """
-    pair, prompt, count = _prompted(trial, case)
+    pair, prompt, count = prompted(trial, case)
     embedding: Any = pair.port.get_input_embeddings()  # type: ignore[operator]
     embeds = embedding(prompt.to(embedding.weight.device)).detach()
     made = _generate(trial, pair.port, None, inputs_embeds=embeds, max_new_tokens=count)
@@ -342,7 +342,7 @@ def given(trial: Trial, case: Case) -> dict[str, float]:
     A cache of all tokens but the last is gone on from.
     Would have caught: a prepare_inputs_for_generation that passes on only what its author needed.
     """
-    pair, prompt, _ = _prompted(trial, dataclasses.replace(case, tokens=max(case.tokens, 2)))
+    pair, prompt, _ = prompted(trial, dataclasses.replace(case, tokens=max(case.tokens, 2)))
     if not takes(pair.port, "position_ids"):
         raise Skip("forward takes no position_ids")
     # One place further on: positions that do not rise would be read as several texts in one row.
@@ -368,7 +368,7 @@ def given(trial: Trial, case: Case) -> dict[str, float]:
             raise Mismatch(f"generate(output_hidden_states=True) gives none {how}, though forward does")
     with torch.no_grad():
         cached = call_port(trial, pair.port, prompt[:, :-1], use_cache=True).past_key_values
-    return worst(*numbers, _continues(trial, pair, prompt, 2, past_key_values=cached))
+    return worst(*numbers, continues(trial, pair, prompt, 2, past_key_values=cached))
 
 
 def _gives_hidden_states(trial: Trial, pair: Pair) -> bool:
@@ -418,7 +418,7 @@ def _incremental(trial: Trial, pair: Pair, chunks: list[int], attention: str = "
     return require_semantics(trial, what, actual, expected)
 
 
-def _prompted(trial: Trial, case: Case) -> tuple[Pair, torch.Tensor, int]:
+def prompted(trial: Trial, case: Case) -> tuple[Pair, torch.Tensor, int]:
     """The pair, a prompt (rows, tokens), and how many tokens fit behind it: the last one is never fed back."""
     maximum = case.fields[trial.family.maximum_length]
     length = max(1, min(case.tokens, maximum - 2))
@@ -468,7 +468,7 @@ def _generate(trial: Trial, model: Any, prompt: torch.Tensor | None, **options: 
     return Generated(tokens=made.sequences.cpu(), logits=logits)
 
 
-def _continues(trial: Trial, pair: Pair, prompt: torch.Tensor, count: int, **options: Any) -> dict[str, float]:
+def continues(trial: Trial, pair: Pair, prompt: torch.Tensor, count: int, **options: Any) -> dict[str, float]:
     """Generates greedily with the port, and compares with the original."""
     made = _generate(trial, pair.port, prompt, max_new_tokens=count, **options)
     expected = greedy_tokens(trial, pair.original, prompt, count)

@@ -43,6 +43,7 @@ def value(trial: Trial, case: Case) -> dict[str, float]:
         _require_declared_labels(trial, pair, error)
         raise
     pair.port.train()
+    pair.original.train()
     return worst(numbers, _same_loss(trial, case, pair, pair.batch, ignored=None))
 
 
@@ -62,7 +63,8 @@ def ignored(trial: Trial, case: Case) -> dict[str, float]:
 def from_logits(trial: Trial, case: Case) -> dict[str, float]:
     """In evaluation mode the loss is the cross entropy of all the logits that the same call returns.
 
-    Would have caught: a loss from other logits than the returned ones, auxiliary terms that are not declared.
+    Where the original's loss has terms besides, so has the port's. Would have caught: a loss from other logits than the
+    returned ones, auxiliary terms that are not declared.
     """
     case = at_least_two_tokens(case)
     pair = prepare(trial, case)
@@ -70,7 +72,17 @@ def from_logits(trial: Trial, case: Case) -> dict[str, float]:
     output = run_port(trial, pair.port, pair.batch.tokens, labels=labels)
     logits, targets = _aligned(trial, output["logits"], labels)
     expected = functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=trial.port.ignored_label)
-    return require_semantics(trial, "loss against its own logits", _loss(output), expected)
+    besides = _besides_cross_entropy(trial, pair, original_targets(trial, labels))
+    return require_semantics(trial, "loss against its own logits", _loss(output), expected + besides)
+
+
+def _besides_cross_entropy(trial: Trial, pair: Pair, targets: torch.Tensor) -> torch.Tensor:
+    """What the original's loss has beside the cross entropy of its logits, where the family has experts; else zero."""
+    if trial.family.routing is None:
+        return torch.zeros(())
+    output = run_original(trial, pair.original, pair.batch.tokens, targets)
+    flat = output["logits"].flatten(0, 1), targets.flatten()
+    return output["loss"] - functional.cross_entropy(*flat, ignore_index=trial.family.loss.ignore_index)
 
 
 def pure(trial: Trial, case: Case) -> dict[str, float]:
@@ -82,9 +94,9 @@ def pure(trial: Trial, case: Case) -> dict[str, float]:
     case = at_least_two_tokens(case)
     pair = prepare(trial, case)
     labels = port_labels(trial, pair.batch.tokens, pair.batch.targets)
-    before = _loss_of(trial, pair, labels)
+    before = loss_of(trial, pair, labels)
     other = prepare(trial, dataclasses.replace(case, seed=case.seed + 1))
-    _loss_of(trial, other, labels)
+    loss_of(trial, other, labels)
     run_port(trial, pair.port, pair.batch.tokens)
     pair.port.train()
     run_port(trial, pair.port, pair.batch.tokens, labels=labels)
@@ -97,7 +109,7 @@ def pure(trial: Trial, case: Case) -> dict[str, float]:
         if not torch.equal(generate(prompt, max_new_tokens=3, do_sample=False), in_training):
             raise Mismatch("generate() of a model in training, without dropout, gives other tokens")
     pair.port.eval()
-    after = _loss_of(trial, pair, labels)
+    after = loss_of(trial, pair, labels)
     if not torch.equal(before, after):
         raise Mismatch(f"the loss was {float(before):.9g} and is {float(after):.9g} after other calls")
     return {}
@@ -155,7 +167,7 @@ def _same_loss(trial: Trial, case: Case, pair: Pair, batch: Batch, *, ignored: t
         require_semantics(
             trial,
             "loss",
-            _loss_of(trial, pair, labels),
+            loss_of(trial, pair, labels),
             run_original(trial, pair.original, batch.tokens, targets)["loss"],
             baseline=lambda: run_original(trial, original_model(trial, case, dtype=trial.dtype), batch.tokens, targets)[
                 "loss"
@@ -181,12 +193,13 @@ def _require_declared_labels(trial: Trial, pair: Pair, error: Mismatch) -> None:
     )
     targets = original_targets(dataclasses.replace(trial, port=other), labels)
     expected = run_original(trial, pair.original, pair.batch.tokens, targets)["loss"]
-    actual = _loss_of(trial, pair, labels)
+    actual = loss_of(trial, pair, labels)
     if numerics.relative_error(actual, expected) <= numerics.FLOAT32_INSIDE_BOUND:
         raise Mismatch(f"the loss is that of labels that {taken}; a port {advice}", metrics=error.metrics) from error
 
 
-def _loss_of(trial: Trial, pair: Pair, labels: torch.Tensor) -> torch.Tensor:
+def loss_of(trial: Trial, pair: Pair, labels: torch.Tensor) -> torch.Tensor:
+    """The port's loss of the pair's batch, without a graph, on the CPU."""
     return _loss(run_port(trial, pair.port, pair.batch.tokens, labels=labels))
 
 

@@ -45,7 +45,7 @@ def logits(trial: Trial, case: Case) -> dict[str, float]:
 
     Would have caught: a norm or softmax done in half precision where the original's is not, masks that overflow.
     """
-    pair, oracle = _pairs(trial, case)
+    pair, oracle = pairs(trial, case)
     actual = port_logits(trial, pair.port, pair.batch.tokens)
     numbers = _calibrated(trial, "logits", actual, *_logits(trial, pair, oracle))
     if trial.dtype == "autocast":
@@ -77,7 +77,7 @@ def loss(trial: Trial, case: Case) -> dict[str, float]:
 
     Would have caught: a cross entropy summed in half precision.
     """
-    pair, oracle = _pairs(trial, at_least_two_tokens(case))
+    pair, oracle = pairs(trial, at_least_two_tokens(case))
     tokens = pair.batch.tokens
     labels = port_labels(trial, tokens, pair.batch.targets)
     targets = original_targets(trial, labels)
@@ -114,7 +114,7 @@ def masks(trial: Trial, case: Case) -> dict[str, float]:
 
     Would have caught: a causal and a padding mask, each the lowest number of the dtype, that add up to -inf and NaN.
     """
-    pair, oracle = _pairs(trial, case)
+    pair, oracle = pairs(trial, case)
     padded = padded_batch(trial, case, pair, "left")
     mask = padded.mask.long()
     baseline, expected = (unpadded_logits(trial, module, padded) for module in (pair.original, oracle))
@@ -172,7 +172,7 @@ def gradients(trial: Trial, case: Case) -> dict[str, float]:
 
     Would have caught: a backward pass through a narrower dtype than the forward pass.
     """
-    pair, oracle = _pairs(trial, at_least_two_tokens(case))
+    pair, oracle = pairs(trial, at_least_two_tokens(case))
     tokens = pair.batch.tokens
     labels = port_labels(trial, tokens, pair.batch.targets)
     targets = original_targets(trial, labels)
@@ -201,7 +201,7 @@ def long_positions(trial: Trial, case: Case) -> dict[str, float]:
     """
     fields = {**case.fields, trial.family.maximum_length: MANY_POSITIONS}
     case = dataclasses.replace(case, fields=fields, tokens=MANY_POSITIONS)
-    pair, oracle = _pairs(trial, case, rows=1)
+    pair, oracle = pairs(trial, case, rows=1)
     tokens = pair.batch.tokens
     baseline, expected = _logits(trial, pair, oracle)
     what = f"logits of {MANY_POSITIONS} tokens"
@@ -217,13 +217,13 @@ def cache(trial: Trial, case: Case) -> dict[str, float]:
 
     Would have caught: a cache kept in a narrower dtype than the model.
     """
-    pair, oracle = _pairs(trial, case)
+    pair, oracle = pairs(trial, case)
     tokens = pair.batch.tokens
     actual = incremental_logits(trial, pair.port, tokens, [1] * tokens.shape[1])
     return _calibrated(trial, "logits with a cache", actual, *_logits(trial, pair, oracle))
 
 
-def _pairs(trial: Trial, case: Case, *, rows: int = ROWS) -> tuple[Pair, torch.nn.Module]:
+def pairs(trial: Trial, case: Case, *, rows: int = ROWS) -> tuple[Pair, torch.nn.Module]:
     """Port and original at the trial's dtype and device, and the float64 oracle with the same, rounded weights."""
     case = dataclasses.replace(case, rows=rows)
     pair = prepare(trial, case)

@@ -219,18 +219,27 @@ def _same_spread(trial: Trial, case: Case, pair: Pair, attention: str) -> dict[s
     ours = port_logits(trial, pair.port, tokens)
     _same_with_embeddings(trial, case, pair, ours)
     if ours.shape == theirs.shape and relative_error(ours, theirs) < SEMANTICS_BOUND:
-        return {"other_masks": 0.0}
-    theirs, ours = (_spreads(run) for run in _dropout_runs(trial, pair, tokens, targets))
+        return {"other_draws": 0.0}
+    metrics = same_spread(trial, pair, f"under dropout (attention: {attention})")
+    _same_share_left_alone(trial, case, pair, attention)
+    return metrics
+
+
+def same_spread(trial: Trial, pair: Pair, what: str) -> dict[str, float]:
+    """Compares mean and variance of the logits over many draws, in the mode that both models are in.
+
+    Raises Mismatch, which names `what` the logits spread with, where they are further apart than chance allows.
+    """
+    theirs, ours = (_spreads(run) for run in _random_runs(trial, pair, pair.batch.tokens, pair.batch.targets))
     distance = (ours - theirs).mean(dim=0) / ((ours.var(dim=0) + theirs.var(dim=0)) / len(ours)).sqrt()
     ratio = float(ours.mean(dim=0)[-1] / theirs.mean(dim=0)[-1])
-    metrics = {"other_masks": 1.0, "spread_ratio": ratio, "sigmas": float(distance.abs().max())}
+    metrics = {"other_draws": 1.0, "spread_ratio": ratio, "sigmas": float(distance.abs().max())}
     if not metrics["sigmas"] <= SIGMAS:
         raise Mismatch(
-            f"under dropout the logits' variance is {ratio:.3f} times the original's,"
-            f" {metrics['sigmas']:.0f} standard errors away (attention: {attention})",
+            f"the logits' variance {what} is {ratio:.3f} times the original's, {metrics['sigmas']:.0f} standard errors"
+            " away",
             metrics=metrics,
         )
-    _same_share_left_alone(trial, case, pair, attention)
     return metrics
 
 
@@ -277,7 +286,7 @@ def _same_with_embeddings(trial: Trial, case: Case, pair: Pair, expected: torch.
     )
 
 
-def _dropout_runs(
+def _random_runs(
     trial: Trial, pair: Pair, tokens: torch.Tensor, targets: torch.Tensor
 ) -> tuple[Callable[[], torch.Tensor], Callable[[], torch.Tensor]]:
     many, many_targets = tokens.expand(DRAWS, -1), targets.expand(DRAWS, -1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import inspect
 import logging
 import os
@@ -22,7 +23,7 @@ from harness.checks.untouched import WRITTEN_BY_SAVING, untouched
 from harness.errors import DescriptionError, Mismatch, Skip
 from harness.layout import layout_of
 from harness.numerics import FLOAT32_INSIDE_BOUND, relative_error
-from harness.ports import first_line, shortened
+from harness.ports import converter_spec, first_line, load_object, shortened
 from harness.routes import carry, checkpoint
 from harness.routes.pretrained import load, save
 from harness.trial import (
@@ -164,7 +165,8 @@ def back_to_original(trial: Trial, case: Case) -> dict[str, float]:
     """The port's weights in the original's format load strictly into the original and are equal bit for bit, with the
     same fields; and writing them leaves the live model as it was.
 
-    A converter named `from_...` has its way back in the model's method `to_...`, which writes the original's own file.
+    A converter named `from_...` has its way back in the model's method `to_...`, or beside a function in the function
+    `to_...` that is given the model and the path; it writes the original's own file.
     Would have caught: a head that is missing from the file, mask buffers written among the weights, a dropout that is
     always written as 0, a model that training goes on with in float32 or in evaluation mode after an export.
     """
@@ -174,8 +176,7 @@ def back_to_original(trial: Trial, case: Case) -> dict[str, float]:
         case = dataclasses.replace(case, fields={**case.fields, trial.family.dropout: DROPOUT})
     original = original_model(trial, case, dtype="float32")
     port: Any = carry(trial, case, original)
-    name = trial.port.load.rpartition(".")[2].rpartition(":")[2]
-    back = getattr(port, "to_" + name.removeprefix("from_"), None) if name.startswith("from_") else None
+    back = _way_back(trial, port)
     if back is None:
         raise Skip("the port declares no way back: a method to_... beside its converter from_...")
     path = trial.workdir / ("back-" + trial.family.checkpoint_name)
@@ -207,6 +208,19 @@ def back_to_original(trial: Trial, case: Case) -> dict[str, float]:
     return {}
 
 
+def _way_back(trial: Trial, model: Any) -> Callable[..., Any] | None:
+    """What writes a model of the port to a path in the original's format; None where there is nothing of the name."""
+    place, _, name = (converter_spec(trial.port) or "").rpartition(":")
+    if not name.rpartition(".")[2].startswith("from_"):
+        return None
+    back = "to_" + name.rpartition(".")[2].removeprefix("from_")
+    found: Callable[..., Any] | None = getattr(model, back, None)
+    if found is None and "." not in name:
+        with contextlib.suppress(DescriptionError):
+            found = functools.partial(load_object(f"{place}:{back}", root=trial.port.root), model)
+    return found
+
+
 def _training_state_travels(trial: Trial, back: Callable[..., Any], path: Path) -> None:
     """Raises Mismatch when what the way back is given beside the weights is not what the original finds in the file."""
     parameters = inspect.signature(back).parameters
@@ -224,7 +238,8 @@ def _export_keeps_dtype(trial: Trial, case: Case, original: torch.nn.Module, pat
     """Raises Mismatch when a model read from a half-precision file is written back as other tensors than it has."""
     assert trial.family.read_checkpoint is not None  # the caller made sure
     half: Any = checkpoint.load(trial, checkpoint.write(trial, case, original, dtype=torch.bfloat16))
-    back = getattr(half, "to_" + trial.port.load.rpartition(".")[2].rpartition(":")[2].removeprefix("from_"))
+    back = _way_back(trial, half)
+    assert back is not None  # the model that was written before had one
     back(str(path))
     _, state = trial.family.read_checkpoint(str(path))
     held = {parameter.dtype for parameter in half.parameters()}

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
-from harness.capture import Call, watch
+from harness.capture import Call, like, watch
 from harness.families import Tap, taps_of
 from harness.localise.finding import Search, distance
 from harness.narrowing import WORTH_A_LOOK, narrows
@@ -93,7 +93,7 @@ def compare(trial: Trial, pair: Pair, fields: Mapping[str, object], tokens: torc
                 if earlier.output is not None and _same_bits(earlier.output, given[1])
             )
         unseen = []
-        output = (partner.output.cpu(), call.output.cpu())
+        output = (like(partner.output.cpu(), call.output), call.output.cpu())
         spots.append(Spot(name=tap.name, original=call, port=partner, given=given, output=output))
     last = next((spot.output for spot in reversed(spots)), None)
     spots.append(Spot(name="logits", original=None, port=None, given=last, output=(ours.cpu(), theirs.cpu())))

@@ -1,0 +1,465 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checks of experts: who gets which token, who has no room, what the choice costs, and what follows from it."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from harness.backends import pytorch
+from harness.cases import Case
+from harness.cases.batches import draw_batch
+from harness.checks.generation import continues, prompted
+from harness.checks.loss import at_least_two_tokens, loss_of, original_targets, port_labels, training_loss
+from harness.checks.masks import padded_batch, unpadded_logits
+from harness.checks.precision import pairs
+from harness.checks.training import port_gradients, same_spread, same_tensors
+from harness.errors import Mismatch, Skip
+from harness.families import Decision, RoutedLayer
+from harness.numerics import FLOAT32_INSIDE_BOUND, SEMANTICS_BOUND, relative_error, require_calibrated
+from harness.routing import Seen, combined, deciding_as, mixture, observed, routed_layers, routing_of, watch_layers
+from harness.trial import (
+    Pair,
+    Trial,
+    port_logits,
+    prepare,
+    require_semantics,
+    run_original,
+    worst,
+)
+
+COUNTS = (1, 7, 16, 31, 80, 100, 1000)
+"""Numbers of tokens at which capacities are compared: one, odd and even, more than any drawn batch has."""
+
+ASIDE = 0.2
+"""The largest share of tokens that may be set aside as near ties, in a layer."""
+
+
+def logits(trial: Trial, case: Case) -> dict[str, float]:
+    """The router logits of every routed layer equal the original's, and the same layers have experts.
+
+    Would have caught: experts in every layer where the original has them in every second one, or in the other half; a
+    router that reads its input before the norm.
+    """
+    pair = prepare(trial, case)
+    layers = routed_layers(trial, case)
+    ours, theirs = _both(trial, pair, layers)
+    numbers = []
+    for layer in layers:
+        name = layer.layer.name
+        actual, expected = ours[name].logits, theirs[name].logits
+        if expected is None:
+            raise Mismatch(f"the original did not run {layer.logits.original}")
+        if actual is None:
+            continue
+        what = f"router logits of {name}"
+        numbers.append(require_semantics(trial, what, actual.cpu(), expected.cpu(), first_divergence=name))
+    if not numbers:
+        raise Skip(f"the port has no module {layers[0].logits.port} whose output could be read")
+    return {**worst(*numbers), "layers": float(len(numbers))}
+
+
+def choices(trial: Trial, case: Case) -> dict[str, float]:
+    """Every token goes to the original's experts, with their weights, and finds room where it does there.
+
+    Read from the outputs of each layer, which are a sum of its experts' outputs: what a port says of its choices
+    (indices, ranks, kept slots) is compared besides. In evaluation, and with the capacity of training. Would have
+    caught: a softmax over all experts, weights that are shared out again after a drop, queues in the order of tokens
+    instead of choices.
+    """
+    pair = prepare(trial, case)
+    layers = routed_layers(trial, case)
+    numbers = [_same_choices(trial, case, pair, layers, pair.batch.tokens)]
+    numbers.append(_same_choices(trial, case, _in_training(pair), layers, pair.batch.tokens))
+    return worst(*numbers)
+
+
+def capacity(trial: Trial, case: Case) -> dict[str, float]:
+    """With too little room, experts take as many tokens as the original's do, of 1 token up to 1000.
+
+    Would have caught: a capacity that is rounded up where the original rounds down, odd ones that stay odd, one that is
+    bounded, the factor of evaluation in training.
+    """
+    routing = routing_of(trial)
+    case = dataclasses.replace(case, fields=routing.crowded(case.fields))
+    pair = prepare(trial, case)
+    layers = routed_layers(trial, case)
+    maximum = case.fields[trial.family.maximum_length]
+    numbers = []
+    for count in COUNTS:
+        width = next(width for width in range(min(maximum, count), 0, -1) if count % width == 0)
+        size = {"vocabulary": case.fields[trial.family.vocabulary], "seed": case.seed}
+        tokens = draw_batch(rows=count // width, tokens=width, **size).tokens
+        for way in (pair, _in_training(pair)):
+            numbers.append(_same_choices(trial, case, way, layers, tokens))
+        pair.port.eval()
+        pair.original.eval()
+    return worst(*numbers)
+
+
+def auxiliary(trial: Trial, case: Case) -> dict[str, float]:
+    """Each auxiliary loss alone, in training, is its closed form on the original's router logits; so is its gradient.
+
+    In evaluation it is part of the loss where it is part of the original's. Would have caught: a mean over layers for a
+    sum, a balance loss over kept tokens only, one that divides by k, a term that is never added, gradients that are not
+    scaled.
+    """
+    routing = routing_of(trial)
+    routed_layers(trial, case)
+    if not routing.auxiliary:
+        raise Skip(f"family '{trial.family.name}' declares no auxiliary losses")
+    numbers = []
+    case = at_least_two_tokens(case)
+    for term in routing.auxiliary:
+        fields = {**case.fields, **routing.quiet, **term.on}
+        numbers.append(_one_term(trial, dataclasses.replace(case, fields=fields), term.name))
+    return worst(*numbers)
+
+
+def _one_term(trial: Trial, case: Case, name: str) -> dict[str, float]:
+    routing = routing_of(trial)
+    closed_form = next(term.closed_form for term in routing.auxiliary if term.name == name)
+    pair = prepare(trial, case)
+    layers = routed_layers(trial, case)
+    labels = port_labels(trial, pair.batch.tokens, pair.batch.targets)
+    targets = original_targets(trial, labels)
+    numbers = []
+    for training in (True, False):
+        pair.original.train(training)
+        pair.port.train(training)
+        run = functools.partial(trial.family.run_original, pair.original, pair.batch.tokens, targets)
+        output, seen = watch_layers(pair.original, layers, "original", run)
+        flat = output["logits"].flatten(0, 1), targets.flatten()
+        expected = functional.cross_entropy(*flat, ignore_index=trial.family.loss.ignore_index)
+        if training or routing.auxiliary_in_evaluation:
+            expected = expected + closed_form(case.fields, observed(pair.original, layers, seen))
+        mode = "training" if training else "evaluation"
+        what = f"loss with {name} alone, in {mode}"
+        actual = training_loss(trial, pair.port, pair.batch.tokens, labels).detach().cpu()
+        numbers.append(require_semantics(trial, what, actual, expected.detach()))
+        if training:
+            named = dict(pair.original.named_parameters())
+            found = torch.autograd.grad(expected, list(named.values()), allow_unused=True)
+            gradients = {
+                key: torch.zeros_like(named[key]) if gradient is None else gradient
+                for key, gradient in zip(named, found, strict=True)
+            }
+            actual_gradients = port_gradients(trial, pair, labels)
+            numbers.append(same_tensors(trial, case, f"gradient with {name} alone", actual_gradients, gradients))
+    return worst(*numbers)
+
+
+def noise(trial: Trial, case: Case) -> dict[str, float]:
+    """Noise in the choice is there when the original's is, and spreads logits as far as the original's.
+
+    In training it follows the original's under one seed, or in mean and variance. In evaluation two calls are the same
+    bits where the original's are. Would have caught: noise in evaluation, noise that is never there, a standard
+    deviation without its softplus.
+    """
+    routing = routing_of(trial)
+    routed_layers(trial, case)
+    if not routing.noise:
+        raise Skip(f"family '{trial.family.name}' has no noise in its choice")
+    fields = {**case.fields, **routing.noise}
+    case = dataclasses.replace(case, fields=fields, rows=1, tokens=max(2, min(case.tokens, 6)))
+    pair = prepare(trial, case)
+    tokens, targets = pair.batch.tokens, pair.batch.targets
+    numbers = []
+    for training in (False, True):
+        pair.port.train(training)
+        pair.original.train(training)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(case.seed)
+            theirs = [run_original(trial, pair.original, tokens, targets)["logits"] for _ in range(2)]
+            torch.manual_seed(case.seed)
+            ours = [port_logits(trial, pair.port, tokens) for _ in range(2)]
+        if torch.equal(*theirs):
+            if not torch.equal(*ours):
+                mode = "training" if training else "evaluation"
+                raise Mismatch(f"two calls in {mode} differ with {_listed(routing.noise)}, the original's are equal")
+            numbers.append(require_semantics(trial, f"logits with {_listed(routing.noise)}", ours[0], theirs[0]))
+        elif not relative_error(ours[0], theirs[0]) < SEMANTICS_BOUND:
+            numbers.append(same_spread(trial, pair, f"with {_listed(routing.noise)}"))
+    return worst({}, *numbers)
+
+
+def _listed(fields: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}={value!r}" for name, value in fields.items())
+
+
+def variance(trial: Trial, case: Case) -> dict[str, float]:
+    """Where room is short a token depends on others; the port's logits do by just as much as the original's.
+
+    Given are the first half of each row, each row alone, the rows in another order, and rows with another last token.
+    The numbers say by how much the original's own logits change: that is expected, and no failure. Would have caught:
+    capacity counted over other tokens than the original's.
+    """
+    case = dataclasses.replace(at_least_two_tokens(case), rows=max(case.rows, 2))
+    if case.fields[trial.family.maximum_length] < 2:
+        raise Skip("one position has no order")
+    routed_layers(trial, case)
+    pair = prepare(trial, case)
+    tokens = pair.batch.tokens
+    whole = run_original(trial, pair.original, tokens, torch.zeros_like(tokens))["logits"]
+    half = tokens.shape[1] // 2
+    other = tokens.clone()
+    other[:, -1] = (other[:, -1] + 1) % case.fields[trial.family.vocabulary]
+    ways = {
+        "the first half": ([tokens[:, :half]], whole[:, :half]),
+        "rows alone": ([tokens[row : row + 1] for row in range(len(tokens))], whole),
+        "rows in another order": ([tokens.flip(0)], whole.flip(0)),
+        "another last token": ([other], whole),
+    }
+    numbers, changes = [], {}
+    for name, (batches, before) in ways.items():
+        expected = [run_original(trial, pair.original, each, torch.zeros_like(each))["logits"] for each in batches]
+        actual = [port_logits(trial, pair.port, each) for each in batches]
+        numbers.append(require_semantics(trial, f"logits of {name}", torch.cat(actual), torch.cat(expected)))
+        length = before.shape[1] - 1 if name == "another last token" else before.shape[1]
+        changes[name] = float((torch.cat(expected) - before)[:, :length].abs().max())
+    return {**worst(*numbers), **{f"variance: {name}": change for name, change in changes.items()}}
+
+
+def padding(trial: Trial, case: Case) -> dict[str, float]:
+    """Padding takes no room from real tokens: a padded row gets the logits that the original gives it alone.
+
+    Also where room is short, as far as a row alone can tell. Would have caught: pads that are routed, or counted in
+    what the capacity is computed from.
+    """
+    case = dataclasses.replace(case, rows=1)
+    routed_layers(trial, case)
+    pair = prepare(trial, case)
+    numbers = []
+    for side in ("right", "left"):
+        padded = padded_batch(trial, case, pair, side)
+        actual = port_logits(trial, pair.port, padded.tokens, attention_mask=padded.mask.long())[padded.mask]
+        expected = unpadded_logits(trial, pair.original, padded)
+        what = f"logits of a {side}-padded row against the row alone"
+        numbers.append(require_semantics(trial, what, actual, expected))
+    return worst(*numbers)
+
+
+def generation(trial: Trial, case: Case) -> dict[str, float]:
+    """Without a cache, generation equals the original's where room is short too, past the longest position as well.
+
+    With a cache tokens compete with the new ones alone, so that nothing is asked of it here. Would have caught: a
+    capacity from the prompt that is kept for all steps.
+    """
+    routed_layers(trial, case)
+    pair, prompt, count = prompted(trial, case)
+    return continues(trial, pair, prompt, min(count, 8), use_cache=False)
+
+
+def purity(trial: Trial, case: Case) -> dict[str, float]:
+    """In training, with all auxiliary losses, loss and gradients are the same bits whatever was called in between.
+
+    That is: calls without labels, generation, a second model, a call that ends in an error. Would have caught: losses
+    that are collected in a module-global list, of which the next labelled call takes all.
+    """
+    routing = routing_of(trial)
+    routed_layers(trial, case)
+    fields = dict(case.fields)
+    for term in routing.auxiliary:
+        fields.update(term.on)
+    case = dataclasses.replace(at_least_two_tokens(case), fields=fields)
+    pair = prepare(trial, case)
+    tokens = pair.batch.tokens
+    labels = port_labels(trial, tokens, pair.batch.targets)
+    other = prepare(trial, dataclasses.replace(case, seed=case.seed + 1))
+    pair.port.train()
+    other.port.train()
+    before = loss_of(trial, pair, labels), port_gradients(trial, pair, labels)
+    for _ in range(2):
+        port_logits(trial, pair.port, tokens)
+        port_logits(trial, other.port, tokens)
+    loss_of(trial, other, labels)
+    generate: Any = getattr(pair.port, "generate", None)
+    if generate is not None and "generation" in trial.family.features:
+        generate(tokens[:, :1].to(next(pair.port.parameters()).device), max_new_tokens=2, do_sample=False)
+    pair.port.eval()
+    port_logits(trial, pair.port, tokens)
+    pair.port.train()
+    after = loss_of(trial, pair, labels), port_gradients(trial, pair, labels)
+    if not torch.equal(before[0], after[0]):
+        raise Mismatch(
+            f"the loss in training was {float(before[0]):.9g} and is {float(after[0]):.9g} after other calls"
+        )
+    for key, gradient in before[1].items():
+        if not torch.equal(gradient, after[1][key]):
+            raise Mismatch(f"the gradient of {key} is another one after other calls")
+    return {}
+
+
+def precision(trial: Trial, case: Case) -> dict[str, float]:
+    """At this dtype logits err no more than the original's there; near ties are set aside, and few.
+
+    Two experts that are as good as tied change places by a rounding, and with them whole outputs. So the oracle decides
+    such a token as the run does that it judges. Would have caught: router logits or weights in a narrower dtype than
+    the original's.
+    """
+    layers = routed_layers(trial, case)
+    pair, oracle = pairs(trial, case)
+    tokens, targets = pair.batch.tokens, pair.batch.targets
+
+    def native() -> torch.Tensor:
+        with pytorch.autocast(trial.backend, trial.dtype):
+            return run_original(trial, pair.original, tokens, targets)["logits"]
+
+    actual, ours = watch_layers(pair.port, layers, "port", lambda: port_logits(trial, pair.port, tokens))
+    baseline, theirs = watch_layers(pair.original, layers, "original", native)
+    if not (bool(baseline.isfinite().all()) and bool(actual.isfinite().all())):
+        raise Skip(f"logits are not finite in {trial.dtype}, which precision.logits judges")
+    expected, aside = _decided(trial, case, oracle, layers, ours, tokens, targets)
+    same, native_aside = _decided(trial, case, oracle, layers, theirs, tokens, targets)
+    share = aside / (tokens.numel() * len(layers))
+    allowed = max(ASIDE, 2 * native_aside / (tokens.numel() * len(layers)))
+    if share > allowed:
+        raise Mismatch(
+            f"{aside} of {tokens.numel() * len(layers)} choices are near ties that fall otherwise in {trial.dtype},"
+            f" of the original's {native_aside}",
+            metrics={"aside": share},
+        )
+    # The two runs may have decided otherwise: each is judged by the oracle that decided as it did.
+    measure = expected + (baseline.double() - same)
+    numbers = require_calibrated("logits", actual, measure, expected, epsilon=pytorch.epsilon(trial.dtype))
+    return {**numbers, "aside": share}
+
+
+def _decided(
+    trial: Trial,
+    case: Case,
+    oracle: torch.nn.Module,
+    layers: Any,
+    seen: Mapping[str, Seen],
+    tokens: torch.Tensor,
+    targets: torch.Tensor,
+) -> tuple[torch.Tensor, int]:
+    """The oracle's logits where it decides near ties as the logits seen in another run do, and how many it did."""
+    known = {name: there.logits.cpu() for name, there in seen.items() if there.logits is not None}
+    if len(known) != len(layers):
+        raise Skip(f"the port has no module {layers[0].logits.port} whose output could be read")
+    k = routing_of(trial).decide(next(iter(known.values())), case.fields, False).indices.shape[1]
+    with deciding_as(oracle, layers, known, epsilon=pytorch.epsilon(trial.dtype), k=k) as aside:
+        found = run_original(trial, oracle, tokens, targets)["logits"]
+    return found, sum(aside)
+
+
+def _in_training(pair: Pair) -> Pair:
+    pair.port.train()
+    pair.original.train()
+    return pair
+
+
+def _both(trial: Trial, pair: Pair, layers: Any) -> tuple[dict[str, Seen], dict[str, Seen]]:
+    tokens, targets = pair.batch.tokens, pair.batch.targets
+    _, theirs = watch_layers(
+        pair.original, layers, "original", lambda: run_original(trial, pair.original, tokens, targets)
+    )
+    _, ours = watch_layers(pair.port, layers, "port", lambda: port_logits(trial, pair.port, tokens))
+    return ours, theirs
+
+
+def _same_choices(trial: Trial, case: Case, pair: Pair, layers: Any, tokens: torch.Tensor) -> dict[str, float]:
+    """Compares, layer by layer, on what the port's layer was given, where its tokens went."""
+    _, ours = watch_layers(pair.port, layers, "port", lambda: port_logits(trial, pair.port, tokens))
+    numbers = []
+    for layer in layers:
+        seen = ours[layer.layer.name]
+        if seen.inputs is None or seen.outputs is None:
+            continue
+        numbers.append(_same_in_layer(trial, case, pair, layer, seen, tokens))
+    if not numbers:
+        raise Skip(f"the port has no module {layers[0].layer.port} that it runs")
+    return worst(*numbers)
+
+
+def _same_in_layer(
+    trial: Trial, case: Case, pair: Pair, layer: RoutedLayer, seen: Seen, tokens: torch.Tensor
+) -> dict[str, float]:
+    routing, training = routing_of(trial), pair.original.training
+    assert seen.inputs is not None and seen.outputs is not None  # the caller made sure
+    module = pair.original.get_submodule(layer.layer.original)
+    inputs = seen.inputs.detach().cpu().double()
+    shaped = inputs.reshape(*tokens.shape, -1)
+    with torch.no_grad():
+        _, natively = watch_layers(pair.original, [layer], "original", lambda: module(shaped))
+        scores = natively[layer.layer.name].logits
+        if scores is None:
+            raise Mismatch(f"the original did not run {layer.logits.original}")
+        decision = routing.decide(scores, case.fields, training)
+        found = mixture(seen.outputs.cpu(), routing.expert_outputs(module, inputs))
+    expected = combined(decision, scores.shape[-1]).double()
+    numbers = _exposed(layer, routing.exposed(seen.router), decision)
+    where = f"{layer.layer.name}, {'training' if training else 'evaluation'}, {tokens.numel()} tokens"
+    bound = FLOAT32_INSIDE_BOUND
+    if bool((found.rest[found.told] > bound).any()):
+        token = int(found.rest.where(found.told, 0.0).argmax())
+        raise Mismatch(
+            f"{where}: what token {_place(token, tokens)} gets is no mixture of the experts' outputs"
+            f" ({float(found.rest[token]):.1e} of it is something else): an expert computes something else",
+            metrics={"error": float(found.rest[token])},
+            first_divergence=layer.layer.name,
+        )
+    differs = ((found.weights - expected).abs() > bound).any(dim=-1) & found.told
+    if bool(differs.any()):
+        token = int(differs.nonzero()[0])
+        size = routing.capacity(case.fields, tokens.numel(), training)
+        raise Mismatch(
+            f"{where}: {_in_words(token, tokens, found.weights[token], expected[token], decision, size)}",
+            metrics={"tokens": float(differs.sum())},
+            tensors={"actual": found.weights, "expected": expected},
+            first_divergence=layer.layer.name,
+        )
+    dropped = float((~decision.keep).double().mean())
+    return {**numbers, "dropped": dropped, "untold": float((~found.told).double().mean())}
+
+
+def _exposed(layer: RoutedLayer, said: Mapping[str, torch.Tensor] | None, decision: Decision) -> dict[str, float]:
+    """Compares what a port's router says of its choice; where a slot has no room its rank alone is compared."""
+    for name, value in (said or {}).items():
+        expected = getattr(decision, name)
+        actual = value.detach().cpu().reshape(expected.shape)
+        if name == "weights":
+            actual, same = actual.double(), FLOAT32_INSIDE_BOUND
+            wrong = ((actual - decision.weights).abs() > same) & decision.keep
+        else:
+            wrong = actual != expected
+        if bool(wrong.any()):
+            token, choice = wrong.nonzero()[0].tolist()
+            raise Mismatch(
+                f"{layer.router.name} says {name} {actual[token, choice].item()} of token {token}, choice {choice};"
+                f" the original has {expected[token, choice].item()}",
+                first_divergence=layer.layer.name,
+            )
+    return {"exposed": float(len(said or {}))}
+
+
+def _place(token: int, tokens: torch.Tensor) -> str:
+    row, position = divmod(token, tokens.shape[1])
+    return f"{token} (row {row}, position {position})"
+
+
+def _in_words(
+    token: int, tokens: torch.Tensor, actual: torch.Tensor, expected: torch.Tensor, decision: Decision, size: int
+) -> str:
+    """What became of a token, and what of the original's."""
+    slots = []
+    for expert, rank, keep in zip(
+        decision.indices[token].tolist(), decision.ranks[token].tolist(), decision.keep[token].tolist(), strict=True
+    ):
+        room = "" if keep else f", where it is number {rank + 1} and {size} have room"
+        slots.append(f"{expert}{room}")
+    ours = _mixture_in_words(actual)
+    theirs = _mixture_in_words(expected)
+    chosen = " and ".join(slots)
+    return f"token {_place(token, tokens)} gets {ours}, expected {theirs}; it chooses expert {chosen}"
+
+
+def _mixture_in_words(weights: torch.Tensor) -> str:
+    parts = [f"{float(w):.4g} of expert {expert}" for expert, w in enumerate(weights) if abs(float(w)) > 1e-6]
+    return " + ".join(parts) or "nothing"
