@@ -56,6 +56,11 @@ def folder_of(saved: Path, *, to: str = NAME) -> Step:
     return {"kind": "folder", "source": str(saved), "to": to, "options": {}}
 
 
+def tag_of(name: str) -> Step:
+    """The step of an author who gives what is main now the name of a tag."""
+    return {"kind": "tag", "to": NAME, "options": {"tag": name, "revision": "main"}}
+
+
 def by_name(name: str, *, source: str = NAME, own_generation: bool = False, **options: Any) -> Step:
     """The step of a user who loads a repository; what it answers goes by `name`.
 
