@@ -1,8 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The environment of a process that talks to a Hub on this machine; cheap to import, for those who start one."""
+"""What a process needs that talks to this machine alone: the variables of a Hub's client, and which hosts are this one.
+
+Cheap to import, for those who start such a process; imports nothing else of the harness.
+"""
 
 from __future__ import annotations
 
+import ipaddress
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -43,3 +47,14 @@ def client_environment(
         "no_proxy": direct,
         **{name: str(home / "hub") for name in OLD_CACHES if name in user},
     }
+
+
+def is_loopback(host: object) -> bool:
+    """Whether a host name or address means this machine."""
+    name = host.decode(errors="replace") if isinstance(host, bytes) else str(host)
+    if name == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(name).is_loopback
+    except ValueError:
+        return False

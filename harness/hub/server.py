@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import os
 import secrets
 import shutil
@@ -20,7 +19,7 @@ from harness.hub.accounts import Accounts, Organisation, User
 from harness.hub.api import handler
 from harness.hub.api.admin import ROOT as ADMIN
 from harness.hub.api.calls import TYPES, Hub, Sizes
-from harness.hub.environment import client_environment
+from harness.hub.environment import client_environment, is_loopback
 from harness.hub.faults import Fault, Faults
 from harness.hub.journal import Journal
 from harness.hub.refusals import Refusal
@@ -198,14 +197,6 @@ class HubServer:
     def _write_log(self, line: str) -> None:
         with self._log_lock, open(self.root / LOG, "a", encoding="utf-8", errors="backslashreplace") as file:
             file.write(line + "\n")
-
-
-def is_loopback(host: str) -> bool:
-    """Whether an address is reached from this machine alone."""
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def _secret(path: Path) -> bytes:
