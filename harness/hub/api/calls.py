@@ -72,6 +72,11 @@ class Call:
     account: Account | None
     rest: tuple[str, ...] = ()
 
+    def sender(self) -> str:
+        """Who sent it, at an endpoint that is for those with a token."""
+        assert self.account is not None
+        return self.account.name
+
     def text(self, name: str, default: str = "") -> str:
         """The first value of a name of the query."""
         return self.request.asked(name, default)

@@ -31,9 +31,8 @@ def create(call: Call) -> Response:
     private = _private(call, body) or False
     known = call.hub.store.find_repository(kind, f"{owner}/{name}")
     if known is None:
-        assert call.account is not None  # it may write
         try:
-            known = call.hub.store.create_repository(kind, owner, name, private=private, author=call.account.name)
+            known = call.hub.store.create_repository(kind, owner, name, private=private, author=call.sender())
         except Refusal as refusal:
             if refusal.kind != "exists":
                 raise
