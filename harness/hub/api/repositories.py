@@ -3,14 +3,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, get_args
 
 from harness.hub.accounts import AccessStatus
 from harness.hub.api.calls import TYPES, Call, RepositoryCall, no_repository, pointer_size, repository_url, shown
 from harness.hub.messages import Response, json_response
 from harness.hub.names import repository_parts
-from harness.hub.records import Repository
+from harness.hub.records import Entry, Repository
 from harness.hub.refusals import Refusal
 
 PAGE = 100
@@ -130,7 +130,7 @@ def of_user(call: Call) -> Response:
                     "type": kind,
                     "updatedAt": call.hub.store.commit_of(repository, commit).date,
                     "visibility": "private" if repository.private else "public",
-                    "storage": sum(entry.size for entry in entries if not entry.directory),
+                    "storage": _bytes_of(entries),
                     "storagePercent": 0,
                 }
             )
@@ -295,8 +295,12 @@ def _described(call: Call, repository: Repository, commit: str, *, files: bool) 
             for entry in entries
             if not entry.directory
         ]
-        found["usedStorage"] = sum(entry.size for entry in entries if not entry.directory)
+        found["usedStorage"] = _bytes_of(entries)
     return {name: value for name, value in found.items() if names is None or name in ("_id", "id", *names)}
+
+
+def _bytes_of(entries: Iterable[Entry]) -> int:
+    return sum(entry.size for entry in entries if not entry.directory)
 
 
 def _blob(entry: Any) -> dict[str, Any]:
