@@ -156,13 +156,6 @@ def repository_url(hub: Hub, repository: Repository) -> str:
     return f"{hub.url()}/{PREFIXES[repository.type]}{quote(repository.id)}"
 
 
-def no_repository(account: Account | None) -> Refusal:
-    """What a repository that is not there, or not for its sender, is answered with: the two cannot be told apart."""
-    if account is None:
-        return Refusal(kind="no_repository_for_anonymous", message="Invalid username or password.")
-    return Refusal(kind="no_repository", message="Repository not found")
-
-
 def json_object(content: bytes, *, what: str) -> dict[str, Any]:
     """A JSON object. Raises Refusal ("bad_request") that names `what` was read."""
     try:

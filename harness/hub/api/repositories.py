@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any, get_args
 
 from harness.hub.accounts import AccessStatus
-from harness.hub.api.calls import TYPES, Call, RepositoryCall, no_repository, pointer_size, repository_url, shown
+from harness.hub.api.calls import TYPES, Call, RepositoryCall, pointer_size, repository_url, shown
+from harness.hub.api.rights import no_repository, require
 from harness.hub.messages import Response, json_response
 from harness.hub.names import repository_parts
 from harness.hub.records import Entry, Repository
@@ -139,17 +140,9 @@ def of_user(call: Call) -> Response:
 
 def auth_check(call: RepositoryCall) -> Response:
     """Whether the sender may download, or with /write may write; the refusal says why not."""
-    hub, repository = call.hub, call.repository
     if call.rest not in ((), ("write",)):
         raise Refusal(kind="no_such_page", message=f"auth-check knows 'write' only, not {shown(call.rest[0])}")
-    if call.rest and call.account is None:
-        raise no_repository(None)
-    if call.rest and not hub.accounts.may_write(repository.owner, call.account):
-        raise Refusal(kind="forbidden", message=f"no right to write to {repository.id}")
-    if not hub.accounts.may_download(repository, call.account):
-        raise Refusal(
-            kind="gated" if call.account else "gated_for_anonymous", message=f"Access to {repository.id} is restricted"
-        )
+    require(call, "write" if call.rest else "download")
     return json_response({})
 
 
