@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, urlencode
 
+from harness.hub import store
 from harness.hub.messages import Request
 from harness.hub.refusals import Refusal
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 JSON_BYTES = 4 << 20
 """Largest body of an endpoint that takes JSON or a form; those with files in them have limits of their own."""
 
-TYPES: Mapping[str, str] = {"models": "model", "datasets": "dataset", "spaces": "space"}
+TYPES: Mapping[str, str] = {f"{type}s": type for type in store.TYPES}
 """As repositories stand in /api/ URLs -> their type."""
 
 PREFIXES: Mapping[str, str] = {"model": "", "dataset": "datasets/", "space": "spaces/"}
