@@ -268,8 +268,8 @@ def _serve(channel: socket.socket, root: Path, parent: int, *, warm: Collection[
     os.environ.update(VARIABLES, HF_MODULES_CACHE=str(root / "modules"), TORCHINDUCTOR_CACHE_DIR=str(root / "compiled"))
     tempfile.tempdir = str(root)
     with contextlib.suppress(processes.ClientGone), session() as shared, contextlib.ExitStack() as at_end:
-        for name in filter(warm.__contains__, SANDBOXES):
-            sandbox_of(shared, name).begin_warm_up()
+        for sandbox in [sandbox_of(shared, name) for name in SANDBOXES if name in warm]:
+            sandbox.begin_warm_up()
         failure = _prepare()
         answerer = Answerer(channel, parent, shared, root)
         at_end.callback(answerer.end)

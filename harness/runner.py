@@ -207,10 +207,8 @@ class Session:
 
 
 def run_item(item: Item, options: Options, shared: Session) -> Result:
-    """What becomes of an item, in this process. Never raises for what a port or a check does."""
+    """What becomes of an item that is not `skipped`, in this process. Never raises for what a port or a check does."""
     started = time.perf_counter()
-    if result := skipped(item):
-        return result
     with contained(), tempfile.TemporaryDirectory(dir=shared.root) as directory:
         try:
             outcome = _explore(item, options, shared, Path(directory))

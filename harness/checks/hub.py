@@ -31,6 +31,7 @@ from harness.routes.hub import (
     push_on,
     refused_to,
     served,
+    tag_of,
     tokenizer_by_name,
     tokenizer_of,
 )
@@ -102,12 +103,11 @@ def revisions(trial: Trial, case: Case) -> dict[str, float]:
     main, weights kept by the name they were loaded by.
     """
     tagged, branched, newest = (_saved(trial, case, number=number) for number in range(3))
-    tag = {"kind": "tag", "to": NAME, "options": {"tag": "v1", "revision": "main"}}
     with served(trial) as hub:
         push(
             trial,
             model_of(trial, tagged.directory),
-            tag,
+            tag_of("v1"),
             model_of(trial, branched.directory, revision="experiment"),
             model_of(trial, newest.directory),
         )
@@ -322,8 +322,7 @@ def _same(trial: Trial, answer: Answer, expected: Mapping[str, torch.Tensor]) ->
 def _push_two_revisions(trial: Trial, old: Saved, new: Saved) -> None:
     """Pushes a port and tags it v1; then, as main, other weights with code that negates the logits."""
     negate_logits(trial, new.directory)
-    tag = {"kind": "tag", "to": NAME, "options": {"tag": "v1", "revision": "main"}}
-    push(trial, model_of(trial, old.directory), tag, folder_of(new.directory))
+    push(trial, model_of(trial, old.directory), tag_of("v1"), folder_of(new.directory))
 
 
 def _repository(hub: HubServer, name: str = NAME) -> Repository:

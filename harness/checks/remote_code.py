@@ -17,7 +17,7 @@ from harness.checks.generation import greedy_tokens
 from harness.errors import Mismatch, Skip
 from harness.ports import source_file
 from harness.routes.pretrained import require_clean
-from harness.routes.remote_code import directory, load, logits_of, request_for
+from harness.routes.remote_code import directory, load, logits_of, request_for, tied_groups
 from harness.trial import (
     Trial,
     call_port,
@@ -209,11 +209,6 @@ def code_files(trial: Trial) -> list[Path]:
 def _load(trial: Trial, case: Case, original: torch.nn.Module, tokens: torch.Tensor, **options: Any) -> Answer:
     saved = directory(trial, case, original)
     return load(trial, saved, {"input_ids": tokens}, tied=tied_groups(trial), **options)
-
-
-def tied_groups(trial: Trial) -> list[list[str]]:
-    """The names in the port of each group of parameters that are one tensor."""
-    return [[trial.family.port_key(key) for key in group] for group in trial.family.tied]
 
 
 def _same(trial: Trial, answer: Answer, expected: torch.Tensor) -> dict[str, float]:

@@ -10,9 +10,10 @@ if TYPE_CHECKING:
     from harness.hub.accounts import Organisation, User
     from harness.hub.api.calls import Sizes
     from harness.hub.download import DownloadFailed, verified_snapshot
+    from harness.hub.environment import client_environment
     from harness.hub.faults import Fault
     from harness.hub.receiving import Limits
-    from harness.hub.server import HubServer, client_environment
+    from harness.hub.server import HubServer
 
 __all__ = [
     "DownloadFailed",
@@ -34,7 +35,7 @@ _PLACES = {
     "Organisation": "accounts",
     "Sizes": "api.calls",
     "User": "accounts",
-    "client_environment": "server",
+    "client_environment": "environment",
     "verified_snapshot": "download",
 }
 

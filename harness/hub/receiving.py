@@ -143,9 +143,8 @@ class Stream:
     def discard(self) -> None:
         """Reads what still comes for a moment, so that the client can read its answer before the connection goes."""
         deadline = time.monotonic() + self._limits.linger_seconds
-        scratch = bytearray(BUFFER_BYTES)
         self._socket.settimeout(self._limits.linger_seconds)
-        while time.monotonic() < deadline and self._socket.recv_into(scratch):
+        while time.monotonic() < deadline and self._socket.recv(RECEIVED_BYTES):
             pass
 
 

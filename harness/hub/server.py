@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import os
 import secrets
 import shutil
@@ -14,13 +13,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Self
-from urllib.parse import urlsplit
 
 from harness.errors import DescriptionError
 from harness.hub.accounts import Accounts, Organisation, User
 from harness.hub.api import handler
 from harness.hub.api.admin import ROOT as ADMIN
 from harness.hub.api.calls import TYPES, Hub, Sizes
+from harness.hub.environment import client_environment, is_loopback
 from harness.hub.faults import Fault, Faults
 from harness.hub.journal import Journal
 from harness.hub.refusals import Refusal
@@ -28,9 +27,6 @@ from harness.hub.store import Store
 from harness.hub.wire import Limits, Wire
 
 ALICE = User(name="alice", token="hf_alice")
-
-OLD_CACHES = ("TRANSFORMERS_CACHE", "PYTORCH_TRANSFORMERS_CACHE", "PYTORCH_PRETRAINED_BERT_CACHE")
-"""Where these are set transformers 4 prefers them; where they are not they would have it warn."""
 
 LOG = "server.log"
 SECRET_BYTES = 32
@@ -201,44 +197,6 @@ class HubServer:
     def _write_log(self, line: str) -> None:
         with self._log_lock, open(self.root / LOG, "a", encoding="utf-8", errors="backslashreplace") as file:
             file.write(line + "\n")
-
-
-def client_environment(url: str, *, token: str | None, home: Path) -> dict[str, str]:
-    """The variables with which a client process talks to the Hub at `url` and to no other, by caches of its own.
-
-    They must be set before huggingface_hub or transformers is imported. An empty HF_TOKEN is none.
-    """
-    home = home.absolute()
-    around = [os.environ.get(name, "") for name in ("NO_PROXY", "no_proxy")]
-    direct = ",".join(
-        dict.fromkeys(part for part in [*around, "127.0.0.1", "localhost", urlsplit(url).hostname] if part)
-    )
-    return {
-        "HF_ENDPOINT": url,
-        "HF_HOME": str(home),
-        "HF_HUB_CACHE": str(home / "hub"),
-        "HF_MODULES_CACHE": str(home / "modules"),
-        "HF_TOKEN": token or "",
-        "HF_TOKEN_PATH": str(home / "token"),
-        "HUGGING_FACE_HUB_TOKEN": "",
-        "HF_HUB_DISABLE_IMPLICIT_TOKEN": "0",
-        "HF_HUB_OFFLINE": "0",
-        "TRANSFORMERS_OFFLINE": "0",
-        "HF_HUB_DISABLE_XET": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "DISABLE_SAFETENSORS_CONVERSION": "true",
-        "NO_PROXY": direct,
-        "no_proxy": direct,
-        **{name: str(home / "hub") for name in OLD_CACHES if name in os.environ},
-    }
-
-
-def is_loopback(host: str) -> bool:
-    """Whether an address is reached from this machine alone."""
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def _secret(path: Path) -> bytes:

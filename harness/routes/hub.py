@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from harness.hub import HubServer, User
 from harness.routes import pretrained
-from harness.routes.remote_code import directory, logits_of, request_for
+from harness.routes.remote_code import directory, logits_of, request_for, tied_groups
 from harness.trial import Trial
 
 if TYPE_CHECKING:
@@ -54,6 +54,11 @@ def model_of(trial: Trial, saved: Path, *, to: str = NAME, **options: Any) -> St
 def folder_of(saved: Path, *, to: str = NAME) -> Step:
     """The step of somebody who uploads a directory as it is."""
     return {"kind": "folder", "source": str(saved), "to": to, "options": {}}
+
+
+def tag_of(name: str) -> Step:
+    """The step of an author who gives what is main now the name of a tag."""
+    return {"kind": "tag", "to": NAME, "options": {"tag": name, "revision": "main"}}
 
 
 def by_name(name: str, *, source: str = NAME, own_generation: bool = False, **options: Any) -> Step:
@@ -103,10 +108,9 @@ def pull(
     cache: where the client keeps its files from one process to another; without it each begins with none.
     Raises Mismatch (as SandboxFailure) when a step fails, and for tensors that were missing or left over.
     """
-    tied = [[trial.family.port_key(key) for key in group] for group in trial.family.tied]
     answer = (trial.sandbox if offline else trial.hub).run(
         "pull",
-        request_for(trial, steps=steps, token=token, tied=tied),
+        request_for(trial, steps=steps, token=token, tied=tied_groups(trial)),
         tensors={"input_ids": tokens},
         hidden_paths=[trial.port.root],
         cache=cache,

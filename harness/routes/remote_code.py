@@ -61,6 +61,11 @@ def request_for(trial: Trial, **request: Any) -> dict[str, Any]:
     return {"auto_class": trial.family.port_auto_class, "dtype": trial.dtype, **request}
 
 
+def tied_groups(trial: Trial) -> list[list[str]]:
+    """The names in the port of each group of parameters that are one tensor."""
+    return [[trial.family.port_key(key) for key in group] for group in trial.family.tied]
+
+
 def logits_of(answer: Answer, prefix: str = "output.") -> torch.Tensor:
     """The logits among a process's outputs, as named output or as the first tensor with three axes of a tuple."""
     outputs = {name.removeprefix(prefix): t for name, t in answer.tensors.items() if name.startswith(prefix)}

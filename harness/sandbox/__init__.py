@@ -29,6 +29,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from harness.errors import Mismatch, NotHere, ParityError, says_out_of_memory
+from harness.hub.environment import client_environment
 from harness.sandbox import jobs
 
 if TYPE_CHECKING:
@@ -339,11 +340,7 @@ def environment(scratch: Path, user: Mapping[str, str], endpoint: str | None = N
     kept = {name: user[name] for name in KEPT_VARIABLES if name in user}
     hub = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
     if endpoint is not None:
-        hub = {
-            "HF_ENDPOINT": endpoint,
-            "NO_PROXY": "127.0.0.1",
-            "DISABLE_SAFETENSORS_CONVERSION": "true",  # it would look for a service elsewhere
-        }
+        hub = client_environment(endpoint, token=None, home=scratch / "hub", user=kept)
     return (
         kept
         | hub

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a fresh process can do: cut itself off from the source tree and the network, then run one job and answer.
 
-Runs inside the child only. Imports nothing of the harness but its neighbours, and these at once, because the harness
-may lie in the tree that gets hidden; no framework until a job asks for it, because the table of jobs is read by
-processes that need none.
+Runs inside the child only. Imports of the harness only its neighbours and what needs nothing else of it, and these at
+once, because the harness may lie in the tree that gets hidden; no framework until a job asks for it, because the table
+of jobs is read by processes that need none.
 The guards stop code that reaches for what a user would not have; they are not a jail against deliberate attack.
 """
 
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import ipaddress
 import json
 import os
 import shutil
@@ -23,6 +22,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from harness.hub.environment import is_loopback
 from harness.sandbox.hub_jobs import pull, push
 from harness.sandbox.models import (
     describe_model,
@@ -236,17 +236,6 @@ def install_guards(is_hidden: Callable[[str], bool]) -> None:
             guard(arguments)
 
     sys.addaudithook(audit)
-
-
-def is_loopback(host: object) -> bool:
-    """Whether a host name or address means this machine."""
-    name = host.decode(errors="replace") if isinstance(host, bytes) else str(host)
-    if name == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(name).is_loopback
-    except ValueError:
-        return False
 
 
 def set_limits(memory_bytes: int) -> None:

@@ -51,6 +51,18 @@ def _pushing(*lines: str) -> tuple[str, str]:
     )
 
 
+def _uploading(options: str) -> tuple[str, str]:
+    """As `_pushing`, by which it saves the port and uploads that itself, with these options of upload_folder."""
+    return _pushing(
+        "import tempfile",
+        "from huggingface_hub import HfApi",
+        "HfApi().create_repo(repo_id, exist_ok=True)",
+        "with tempfile.TemporaryDirectory() as folder:",
+        "    self.save_pretrained(folder)",
+        f"    return HfApi().upload_folder(repo_id=repo_id, folder_path=folder, {options})",
+    )
+
+
 def _loading_by_name(*lines: str) -> tuple[str, str]:
     """Text to find and its replacement, by which from_pretrained of a name, and no directory, begins with these."""
     body = "".join(f"            {line}\n" for line in lines)
@@ -1132,28 +1144,13 @@ HUB = (
         "push-leaves-code",
         "push_to_hub uploads weights and configuration, and no code",
         "hub.files",
-        *_pushing(
-            "import tempfile",
-            "from huggingface_hub import HfApi",
-            "HfApi().create_repo(repo_id, exist_ok=True)",
-            "with tempfile.TemporaryDirectory() as folder:",
-            "    self.save_pretrained(folder)",
-            '    return HfApi().upload_folder(repo_id=repo_id, folder_path=folder, ignore_patterns="*.py")',
-        ),
+        *_uploading('ignore_patterns="*.py"'),
     ),
     _model(
         "push-forgets-helper",
         "push_to_hub uploads the two files it knows of the code, and not what they import",
         "hub.files",
-        *_pushing(
-            "import tempfile",
-            "from huggingface_hub import HfApi",
-            "HfApi().create_repo(repo_id, exist_ok=True)",
-            "with tempfile.TemporaryDirectory() as folder:",
-            "    self.save_pretrained(folder)",
-            '    known = ["*.json", "*.safetensors", "modeling_*.py", "configuration_*.py"]',
-            "    return HfApi().upload_folder(repo_id=repo_id, folder_path=folder, allow_patterns=known)",
-        ),
+        *_uploading('allow_patterns=["*.json", "*.safetensors", "modeling_*.py", "configuration_*.py"]'),
     ),
     _model(
         "push-names-base-class",
@@ -1293,14 +1290,7 @@ HUB = (
         "tokenizer-left-behind",
         "push_to_hub replaces the repository by the model's own files",
         "hub.tokenizer",
-        *_pushing(
-            "import tempfile",
-            "from huggingface_hub import HfApi",
-            "HfApi().create_repo(repo_id, exist_ok=True)",
-            "with tempfile.TemporaryDirectory() as folder:",
-            "    self.save_pretrained(folder)",
-            '    return HfApi().upload_folder(repo_id=repo_id, folder_path=folder, delete_patterns="*")',
-        ),
+        *_uploading('delete_patterns="*"'),
     ),
 )
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from harness.hub import HubServer
-from harness.hub.server import OLD_CACHES
+from harness.hub.environment import OLD_CACHES
 
 TOP = Path(__file__).parents[2]
 PROGRAMS = str(Path(sys.executable).parent)

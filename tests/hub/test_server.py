@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 from harness.hub import HubServer, Sizes
+from harness.hub.environment import client_environment
 from harness.hub.records import AddFile
-from harness.hub.server import client_environment
 
 
 def send(method: str, url: str, body: bytes | None) -> tuple[dict[str, str], Any]:

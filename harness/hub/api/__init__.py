@@ -5,19 +5,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
-from typing import Literal
 from urllib.parse import quote
 
 from harness.hub.accounts import Account
 from harness.hub.api import admin, commits, files, identity, lfs, refs, repositories, trees
-from harness.hub.api.calls import PREFIXES, TYPES, Call, Hub, RepositoryCall, no_repository
+from harness.hub.api.calls import PREFIXES, TYPES, Call, Hub, RepositoryCall
+from harness.hub.api.rights import Access, no_repository, require
 from harness.hub.messages import Handler, Request, Response
 from harness.hub.records import Repository
 from harness.hub.refusals import Refusal
-
-Access = Literal["see", "download", "propose", "write", "own"]
-"""What a sender needs: to see the repository, its files, to open a pull request there (whoever sees it and has a token
-to write), to write to it, or to write even where it is disabled."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -139,7 +135,7 @@ def _repository(
         raise _no_endpoint(request, known)
     call = RepositoryCall(hub=hub, request=request, account=account, repository=repository, rest=tuple(rest))
     proposes = verb in PROPOSING and (call.flag("create_pr") or _is_own_pull_request(call))
-    _require(hub, repository, account, "propose" if proposes else endpoint.access)
+    require(call, "propose" if proposes else endpoint.access)
     return endpoint.run(call)
 
 
@@ -173,26 +169,6 @@ def _is_own_pull_request(call: RepositoryCall) -> bool:
         return False
     refs = call.hub.store.refs(call.repository)
     return any(ref.full == call.revision() and ref.author == call.account.name for ref in refs)
-
-
-def _require(hub: Hub, repository: Repository, account: Account | None, access: Access) -> None:
-    """Raises the Refusal that has the client raise what it would against the real Hub."""
-    if repository.disabled and access != "own":
-        raise Refusal(kind="disabled", message="Access to this resource is disabled.")
-    if access in ("propose", "write", "own"):
-        if account is None:
-            raise no_repository(None)
-        if account.role != "write":
-            message = f"the token of {account.name} is for reading; writing to {repository.id} needs a write token"
-            raise Refusal(kind="forbidden", message=message)
-        if access != "propose" and not hub.accounts.may_write(repository.owner, account):
-            raise Refusal(kind="forbidden", message=f"{account.name} has no right to write to {repository.id}")
-    if access == "download" and not hub.accounts.may_download(repository, account):
-        kind: Literal["gated", "gated_for_anonymous"] = "gated_for_anonymous" if account is None else "gated"
-        raise Refusal(
-            kind=kind,
-            message=f"Access to {repository.type} {repository.id} is restricted: ask for access, and log in",
-        )
 
 
 def _redirect(request: Request, kind: str, identifier: str, moved: str) -> Response:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, urlencode
 
+from harness.hub import store
 from harness.hub.messages import Request
 from harness.hub.refusals import Refusal
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 JSON_BYTES = 4 << 20
 """Largest body of an endpoint that takes JSON or a form; those with files in them have limits of their own."""
 
-TYPES: Mapping[str, str] = {"models": "model", "datasets": "dataset", "spaces": "space"}
+TYPES: Mapping[str, str] = {f"{type}s": type for type in store.TYPES}
 """As repositories stand in /api/ URLs -> their type."""
 
 PREFIXES: Mapping[str, str] = {"model": "", "dataset": "datasets/", "space": "spaces/"}
@@ -71,6 +72,11 @@ class Call:
     request: Request
     account: Account | None
     rest: tuple[str, ...] = ()
+
+    def sender(self) -> str:
+        """Who sent it, at an endpoint that is for those with a token."""
+        assert self.account is not None
+        return self.account.name
 
     def text(self, name: str, default: str = "") -> str:
         """The first value of a name of the query."""
@@ -149,13 +155,6 @@ WORDS: Mapping[type, str] = {
 def repository_url(hub: Hub, repository: Repository) -> str:
     """The address of a repository, as clients show it and read its id back from."""
     return f"{hub.url()}/{PREFIXES[repository.type]}{quote(repository.id)}"
-
-
-def no_repository(account: Account | None) -> Refusal:
-    """What a repository that is not there, or not for its sender, is answered with: the two cannot be told apart."""
-    if account is None:
-        return Refusal(kind="no_repository_for_anonymous", message="Invalid username or password.")
-    return Refusal(kind="no_repository", message="Repository not found")
 
 
 def json_object(content: bytes, *, what: str) -> dict[str, Any]:

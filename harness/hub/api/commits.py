@@ -78,7 +78,7 @@ def commit(call: RepositoryCall) -> Response:
     written = {
         "title": summary,
         "message": description,
-        "author": call.account.name if call.account else "",
+        "author": call.sender(),
         "parent": parent,
     }
     if call.flag("create_pr"):

@@ -54,7 +54,7 @@ def create_branch(call: RepositoryCall) -> Response:
     """Makes a branch at `startingPoint`, a revision; at main without one."""
     start = call.field(call.json(), "startingPoint", str, default="main")
     at = call.hub.store.resolve(call.repository, start)
-    call.hub.store.create_branch(call.repository, "/".join(call.rest), at=at, author=_sender(call))
+    call.hub.store.create_branch(call.repository, "/".join(call.rest), at=at, author=call.sender())
     return json_response({})
 
 
@@ -102,7 +102,7 @@ def open_pull_request(call: RepositoryCall) -> Response:
     if not call.field(body, "pullRequest", bool, default=False):
         raise Refusal(kind="unsupported", message="this Hub keeps pull requests, and no discussions")
     base = call.hub.store.resolve(call.repository, "main")
-    number = call.hub.store.create_pull_request(call.repository, base=base, title=title, author=_sender(call))
+    number = call.hub.store.create_pull_request(call.repository, base=base, title=title, author=call.sender())
     return json_response({"num": number, "url": f"{call.page_url()}/discussions/{number}", "pullRequest": True})
 
 
@@ -116,8 +116,3 @@ def _discussion(call: RepositoryCall, ref: Ref) -> dict[str, Any]:
         "isPullRequest": True,
         "repo": {"name": call.repository.id, "type": call.repository.type},
     }
-
-
-def _sender(call: RepositoryCall) -> str:
-    assert call.account is not None  # it may write
-    return call.account.name

@@ -3,14 +3,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, get_args
 
 from harness.hub.accounts import AccessStatus
-from harness.hub.api.calls import TYPES, Call, RepositoryCall, no_repository, pointer_size, repository_url, shown
+from harness.hub.api.calls import TYPES, Call, RepositoryCall, pointer_size, repository_url, shown
+from harness.hub.api.rights import no_repository, require
 from harness.hub.messages import Response, json_response
 from harness.hub.names import repository_parts
-from harness.hub.records import Repository
+from harness.hub.records import Entry, Repository
 from harness.hub.refusals import Refusal
 
 PAGE = 100
@@ -31,9 +32,8 @@ def create(call: Call) -> Response:
     private = _private(call, body) or False
     known = call.hub.store.find_repository(kind, f"{owner}/{name}")
     if known is None:
-        assert call.account is not None  # it may write
         try:
-            known = call.hub.store.create_repository(kind, owner, name, private=private, author=call.account.name)
+            known = call.hub.store.create_repository(kind, owner, name, private=private, author=call.sender())
         except Refusal as refusal:
             if refusal.kind != "exists":
                 raise
@@ -131,7 +131,7 @@ def of_user(call: Call) -> Response:
                     "type": kind,
                     "updatedAt": call.hub.store.commit_of(repository, commit).date,
                     "visibility": "private" if repository.private else "public",
-                    "storage": sum(entry.size for entry in entries if not entry.directory),
+                    "storage": _bytes_of(entries),
                     "storagePercent": 0,
                 }
             )
@@ -140,17 +140,9 @@ def of_user(call: Call) -> Response:
 
 def auth_check(call: RepositoryCall) -> Response:
     """Whether the sender may download, or with /write may write; the refusal says why not."""
-    hub, repository = call.hub, call.repository
     if call.rest not in ((), ("write",)):
         raise Refusal(kind="no_such_page", message=f"auth-check knows 'write' only, not {shown(call.rest[0])}")
-    if call.rest and call.account is None:
-        raise no_repository(None)
-    if call.rest and not hub.accounts.may_write(repository.owner, call.account):
-        raise Refusal(kind="forbidden", message=f"no right to write to {repository.id}")
-    if not hub.accounts.may_download(repository, call.account):
-        raise Refusal(
-            kind="gated" if call.account else "gated_for_anonymous", message=f"Access to {repository.id} is restricted"
-        )
+    require(call, "write" if call.rest else "download")
     return json_response({})
 
 
@@ -296,8 +288,12 @@ def _described(call: Call, repository: Repository, commit: str, *, files: bool) 
             for entry in entries
             if not entry.directory
         ]
-        found["usedStorage"] = sum(entry.size for entry in entries if not entry.directory)
+        found["usedStorage"] = _bytes_of(entries)
     return {name: value for name, value in found.items() if names is None or name in ("_id", "id", *names)}
+
+
+def _bytes_of(entries: Iterable[Entry]) -> int:
+    return sum(entry.size for entry in entries if not entry.directory)
 
 
 def _blob(entry: Any) -> dict[str, Any]:
