@@ -158,6 +158,10 @@ class Family:
     continuous: fields -> those of a model near this one that has no choices, so that small errors stay small. None: all
         are.
     routing: how a family with experts chooses them.
+    tuple_order: the outputs of the original's forward, in order. A port's tuple for return_dict=False may have it
+        instead of the library's, which has the loss first.
+    legacy_calls: how scripts written for the original call it -> such a call: (model, tokens, targets) -> outputs in
+        `tuple_order`. They work on a port too.
     port_key: (original's state-dict key) -> the port's key.
     tied: groups of state-dict keys of the original that are one tensor.
     maximum_length, vocabulary: names of the fields that bound positions and token ids.
@@ -202,6 +206,10 @@ class Family:
     independent: Callable[[Fields], Fields] | None = None
     continuous: Callable[[Fields], Fields] | None = None
     routing: Routing | None = None
+    tuple_order: Sequence[str] = ("loss", "logits")
+    legacy_calls: Mapping[str, Callable[[Any, torch.Tensor, torch.Tensor], Any]] = dataclasses.field(
+        default_factory=dict
+    )
     port_key: Callable[[str], str] = str
     tied: Sequence[Sequence[str]] = ()
     maximum_length: str = "max_position_embeddings"

@@ -232,7 +232,7 @@ def port_config(trial: Trial, fields: Fields, **options: Any) -> Any:
     """The port's configuration for the original's fields. Raises Mismatch when a field has no place in it."""
     cls = config_class(trial)
     config = cls(
-        **{port_field(trial, cls, name): value for name, value in fields.items()}, **_constants(trial, cls), **options
+        **{port_field(trial, cls, name): value for name, value in fields.items()}, **constants(trial, cls), **options
     )
     for field, name in trial.port.config_map.items():
         if not hasattr(config, name):
@@ -262,7 +262,8 @@ def accepted_fields(cls: type) -> set[str]:
     return named | fields | set(getattr(cls, "attribute_map", {}))
 
 
-def _constants(trial: Trial, cls: type) -> dict[str, Any]:
+def constants(trial: Trial, cls: type) -> dict[str, Any]:
+    """What every configuration of the family is given, as far as the port's class takes it."""
     accepted = accepted_fields(cls)
     return {name: value for name, value in trial.family.port_fields.items() if name in accepted}
 

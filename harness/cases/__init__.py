@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from hypothesis.strategies import SearchStrategy
 
 
-Kind = Literal["drawn", "independent", "continuous"]
-"""Which models of a family a check is about: any, or those of `Family.independent` or `Family.continuous`."""
+Kind = Literal["drawn", "routed", "independent", "continuous"]
+"""Which models of a family a check is about: any, those with experts, or what the function of that name makes of any."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,10 +53,13 @@ def cases(family: Family, kind: Kind = "drawn") -> SearchStrategy[Case]:
     from hypothesis import strategies as st
 
     nearby = {"independent": family.independent, "continuous": family.continuous}.get(kind)
+    configurations, routing = family.configurations(), family.routing
+    if kind == "routed" and routing is not None:
+        configurations = configurations.filter(lambda fields: bool(routing.layers(fields)))
 
     @st.composite
     def draw_case(draw: st.DrawFn) -> Case:
-        fields = draw(family.configurations())
+        fields = draw(configurations)
         fields = dict(nearby(fields)) if nearby else fields
         maximum = fields[family.maximum_length]
         # The same choices for every kind, so that a length that does not matter shrinks to the shortest.

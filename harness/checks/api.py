@@ -86,8 +86,9 @@ def _takes_ids_first(trial: Trial, pair: Pair, expected: torch.Tensor) -> None:
 def tuple_order(trial: Trial, case: Case) -> dict[str, float]:
     """With return_dict=False forward returns a tuple: the loss first where there is one, then the logits.
 
-    A base model that takes return_dict does so too, with the last hidden state first. Would have caught: return_dict
-    accepted and ignored, by the model or by its base model; None left in the tuple.
+    Or both in the original's own order, where the family says that it has another. A base model that takes return_dict
+    does so too, with the last hidden state first. Would have caught: return_dict accepted and ignored, by the model or
+    by its base model; None left in the tuple.
     """
     pair = prepare(trial, at_least_two_tokens(case))
     tokens = pair.batch.tokens
@@ -99,8 +100,10 @@ def tuple_order(trial: Trial, case: Case) -> dict[str, float]:
     if "loss" in trial.family.features:
         labels = port_labels(trial, tokens, pair.batch.targets)
         plain = _call(trial, pair.port, tokens, labels=labels, return_dict=False)
-        if len(plain) < 2 or plain[0] is None or plain[0].ndim or not torch.equal(plain[1], logits):
-            raise Mismatch("return_dict=False with labels: the first two entries are not loss and logits")
+        orders = dict.fromkeys([("loss", "logits"), tuple(trial.family.tuple_order)])
+        if not any(_begins_with(plain, order, logits) for order in orders):
+            listed = ", or ".join(" and ".join(order) for order in orders)
+            raise Mismatch(f"return_dict=False with labels: the first two entries are not {listed}")
     base = base_model(pair.port)
     if base is not None and _takes_return_dict(base):
         plain = _call(trial, base, tokens, return_dict=False)
@@ -116,6 +119,44 @@ def tuple_order(trial: Trial, case: Case) -> dict[str, float]:
                 " hidden state"
             )
     return {}
+
+
+def _begins_with(plain: Sequence[Any], order: Sequence[str], logits: torch.Tensor) -> bool:
+    """Whether a tuple has a scalar loss and these logits where the order says."""
+    if len(plain) < len(order):
+        return False
+    named = dict(zip(order, plain, strict=False))
+    loss = named["loss"]
+    return loss is not None and not loss.ndim and torch.equal(named["logits"], logits)
+
+
+def legacy_calls(trial: Trial, case: Case) -> dict[str, float]:
+    """Calls that scripts make of the original give the port's outputs in the original's order, with its loss.
+
+    Would have caught: `model(X, Y)` whose targets are taken for a mask, so that no loss comes back and no error; an
+    output object that unpacks to the names of its fields.
+    """
+    if not trial.family.legacy_calls:
+        raise Skip(f"family '{trial.family.name}' declares no calls of the original's scripts")
+    pair = prepare(trial, at_least_two_tokens(case))
+    tokens, targets = pair.batch.tokens, pair.batch.targets.clone()
+    targets[:, 0] = trial.family.loss.ignore_index
+    expected = run_original(trial, pair.original, tokens, targets)
+    device = next(pair.port.parameters()).device
+    numbers = []
+    for written, call in trial.family.legacy_calls.items():
+        try:
+            with torch.no_grad():
+                plain = call(pair.port, tokens.to(device), targets.to(device))
+        except Exception as error:  # whatever it raises is the finding
+            raise Mismatch(f"{written} ends in {type(error).__name__}: {first_line(error)}") from error
+        if not isinstance(plain, tuple) or len(plain) < len(trial.family.tuple_order):
+            raise Mismatch(f"{written} gives {type(plain).__name__}, expected ({', '.join(trial.family.tuple_order)})")
+        for name, value in zip(trial.family.tuple_order, plain, strict=False):
+            if not isinstance(value, torch.Tensor):
+                raise Mismatch(f"{written} gives {type(value).__name__} for the {name}")
+            numbers.append(require_semantics(trial, f"{name} of {written}", value.cpu(), expected[name]))
+    return worst(*numbers)
 
 
 def configured_outputs(trial: Trial, case: Case) -> dict[str, float]:
@@ -165,7 +206,16 @@ def _obeys_return_dict(trial: Trial, model: Any, tokens: torch.Tensor) -> tuple[
         return False, False
     if not plain or not torch.equal(plain[0], logits):
         raise Mismatch("config.return_dict=False: the first entry of the tuple is not the logits")
-    if takes(model, "return_dict", by_keywords=True):
+    if "loss" in trial.family.features:
+        labels = tokens.clone()
+        with _configured(model.config, "return_dict", False):
+            labelled = _call(trial, model, tokens, labels=labels)
+        if not _begins_with(labelled, ("loss", "logits"), logits):
+            raise Mismatch(
+                "config.return_dict=False with labels: the first two entries are not loss and logits; the Trainer takes"
+                " the first for the loss"
+            )
+    if takes(model, "return_dict", by_keywords=True) and tuple(trial.family.tuple_order) == ("loss", "logits"):
         asked = _call(trial, model, tokens, return_dict=False)
         if isinstance(asked, tuple) and len(asked) != len(plain):
             raise Mismatch(

@@ -17,6 +17,7 @@ from harness.trial import (
     Trial,
     call_port,
     config_class,
+    constants,
     draw,
     field_known_by,
     initial_original,
@@ -254,7 +255,7 @@ def defaults(trial: Trial, case: Case) -> dict[str, float]:
     if cls.__module__.startswith("transformers."):
         raise Skip(f"{cls.__name__} is transformers' own, with the defaults of another model")
     try:
-        config = cls()
+        config = cls(**constants(trial, cls))
     except Exception as error:  # to demand every field is a port's right
         raise Skip(f"{cls.__name__}() without arguments raises {type(error).__name__}") from None
     for field, value in trial.family.defaults.items():

@@ -165,7 +165,8 @@ def noise(trial: Trial, case: Case) -> dict[str, float]:
     routed_layers(trial, case)
     if not routing.noise:
         raise Skip(f"family '{trial.family.name}' has no noise in its choice")
-    fields = {**case.fields, **routing.noise}
+    independent = trial.family.independent or dict
+    fields = {**independent(case.fields), **routing.noise}
     case = dataclasses.replace(case, fields=fields, rows=1, tokens=max(2, min(case.tokens, 6)))
     pair = prepare(trial, case)
     tokens, targets = pair.batch.tokens, pair.batch.targets

@@ -154,6 +154,19 @@ def test_a_check_is_asked_of_the_models_of_its_kind(kind: Kind, blocks: set[int]
 _SIZES = {"independent": 20, "continuous": 30}
 
 
+def test_checks_of_experts_are_asked_of_models_that_have_some() -> None:
+    family, seen = find_family("nanomoe"), []
+
+    @settings(max_examples=30, database=None, derandomize=True)
+    @given(cases(family, "routed"))
+    def draw(case: Case) -> None:
+        assert family.routing is not None
+        seen.append(len(family.routing.layers(case.fields)))
+
+    draw()
+    assert min(seen) == 1 and max(seen) > 1
+
+
 def test_rows_and_tokens_in_one_axis_are_the_same_tensor() -> None:
     flat = torch.arange(24.0).reshape(6, 4)
     assert like(flat, torch.zeros(2, 3, 4)).shape == (2, 3, 4)
