@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 Kind = Literal["drawn", "routed", "independent", "continuous"]
-"""Which models of a family a check is about: any, those with experts, or what the function of that name makes of any."""
+"""Which models of a family a check is about: any, those with experts, or what that function makes of any."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
