@@ -9,13 +9,19 @@ askerlee/nanoMoE writes from 07e6c1679aa87ff07a0375f58a257d09fd1a0ad8 on. This f
 from __future__ import annotations
 
 import difflib
+import json
 import os
 import re
+import secrets
+import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from reference_models.nanogpt.checkpoint import (
@@ -27,6 +33,7 @@ from reference_models.nanogpt.checkpoint import (
     matching_tensors,
     named_tensors,
     own_storage,
+    read_archive,
     read_entries,
     require_layers,
     training_progress,
@@ -110,7 +117,7 @@ class NanoMoECheckpoint:
     """What a checkpoint holds, in one form whatever its layout.
 
     `model_args` has all fields of that original's `GPTConfig` under its names, `state_dict` exactly the keys of the
-    original's, with one tensor for the embedding and the head.
+    original's, with one tensor for the embedding and the head, `settings` what else a config.json says.
     """
 
     architecture: Architecture
@@ -119,6 +126,7 @@ class NanoMoECheckpoint:
     iter_num: int = 0
     best_val_loss: float = 1e9
     config: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
 
 
 def load_checkpoint(path: str | os.PathLike[str]) -> NanoMoECheckpoint:
@@ -131,11 +139,16 @@ def load_checkpoint(path: str | os.PathLike[str]) -> NanoMoECheckpoint:
     say so), `iter_num`, `best_val_loss`, `config` or the head, and without fields of a loss or of the initialisation.
     Where head and embedding differ the head wins with a warning, because that is what the originals' loading does.
 
+    A directory holds config.json and model.safetensors or pytorch_model.bin, whole or in parts with an index: those of
+    askerlee/nanoMoE, without the head, and those that the port's `save_pretrained` writes. No code in it is run.
+
     Raises:
         CheckpointError: the file is missing, truncated, not a zip archive or holds anything but tensors and plain
-            values; its `model_args` are not those of one original; or its tensors are not exactly those that its
-            `model_args` ask for, all finite.
+            values; its `model_args`, or config.json, are not those of one original; or its tensors are not exactly
+            those that these ask for, all finite.
     """
+    if os.path.isdir(path):
+        return _load_directory(Path(path))
     contents = read_entries(path)
     state_dict = named_tensors(path, contents["model"])
     architecture, model_args = _read_model_args(path, contents["model_args"], state_dict)
@@ -170,11 +183,7 @@ def save_checkpoint(
     """
     if odd := sorted(set(model_args) ^ set(MODEL_ARGS[architecture])):
         raise ValueError(f"these fields are missing, or unknown to {_OWNERS[architecture]}: {listed(odd)}")
-    names = expected_shapes(architecture, model_args)
-    if unpaired := sorted(set(names) ^ set(state_dict)):
-        raise ValueError(f"these tensors are missing, or unknown to {_OWNERS[architecture]}: {listed(unpaired)}")
-    tensors = {name: own_storage(state_dict[name]) for name in names}
-    tensors[HEAD] = tensors[EMBEDDING]
+    tensors = _own_tensors(architecture, model_args, state_dict)
     contents = {
         "model": tensors,
         "model_args": dict(model_args),
@@ -189,7 +198,7 @@ def save_checkpoint(
 
 
 def from_nanomoe_ckpt(path: str | os.PathLike[str]) -> GPT:
-    """Load a checkpoint that one of the originals wrote; the model comes back in evaluation mode.
+    """Load a checkpoint, file or directory, that an original wrote; the model comes back in evaluation mode.
 
     Every tensor keeps its bits and its dtype. See `load_checkpoint` for what is read.
 
@@ -197,8 +206,10 @@ def from_nanomoe_ckpt(path: str | os.PathLike[str]) -> GPT:
         CheckpointError: the file is missing, damaged, hostile or not a checkpoint of either original.
     """
     checkpoint = load_checkpoint(path)
+    fields = {"architecture": checkpoint.architecture, **_port_fields(checkpoint.model_args)}
+    config = GPTConfig.from_dict(checkpoint.settings | fields)
     with torch.device("meta"):
-        model = GPT(GPTConfig(architecture=checkpoint.architecture, **_port_fields(checkpoint.model_args)))
+        model = GPT(config)
     model.load_state_dict(checkpoint.state_dict, strict=True, assign=True)
     model.tie_weights()
     model.eval()
@@ -241,6 +252,54 @@ def to_nanomoe_ckpt(
         best_val_loss=best_val_loss,
         config=train_config,
     )
+
+
+def to_nanomoe_directory(model: GPT, directory: str | os.PathLike[str]) -> None:
+    """Write the directory that askerlee/nanoMoE at 07e6c16 loads with its own `from_pretrained`: no code, no head.
+
+    What is the port's alone, such as `label_convention`, has no place in it; `save_pretrained` keeps that.
+
+    Args:
+        model: of architecture "nanomoe", on any device; it stays as it is.
+        directory: a new or an empty one; it appears complete or not at all.
+
+    Raises:
+        OSError: the directory cannot be written, or has something in it; nothing is left behind.
+        ValueError: the model is of the other architecture.
+    """
+    config, directory = model.config, Path(directory)
+    if config.architecture != "nanomoe":
+        raise ValueError(
+            f"architecture={config.architecture!r}: {_OWNERS['nanomoe']} cannot compute it; to_nanomoe_ckpt writes the"
+            f" file of {_OWNERS['ancestor']}"
+        )
+    if directory.exists() and any(directory.iterdir()):
+        raise FileExistsError(f"{directory} is not empty; expected a new directory")
+    model_args = _model_args(config)
+    tensors = _own_tensors("nanomoe", model_args, model.state_dict())
+    del tensors[HEAD]
+    fields = _port_fields(model_args) | {
+        "architectures": ["GPT"],
+        "dtype": str(tensors[EMBEDDING].dtype).removeprefix("torch."),
+        "model_type": config.model_type,
+        # Without it transformers 5 leaves the head, which is not in the file, as it was drawn.
+        "tie_word_embeddings": True,
+    }
+    temporary = directory.with_name(f".{directory.name}.{secrets.token_hex(8)}.tmp")
+    try:
+        temporary.mkdir()
+        (temporary / "config.json").write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+        save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt"})
+        for file in temporary.iterdir():
+            with open(file, "rb+") as written:
+                os.fsync(written.fileno())
+        os.replace(temporary, directory)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, os.fspath(directory)) from None
+    except SafetensorError as error:
+        raise OSError(f"{directory} cannot be written: {error}") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def expert_layers(architecture: Architecture, model_args: Mapping[str, Any]) -> list[int]:
@@ -300,6 +359,17 @@ def _expert_shapes(model_args: Mapping[str, Any]) -> Iterator[tuple[str, tuple[i
         yield "experts.proj_bias", (experts, 1, width)
 
 
+def _own_tensors(
+    architecture: Architecture, model_args: Mapping[str, Any], state_dict: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Return the weights in the original's order, none a view, with one tensor for the embedding and the head."""
+    names = expected_shapes(architecture, model_args)
+    if unpaired := sorted(set(names) ^ set(state_dict)):
+        raise ValueError(f"these tensors are missing, or unknown to {_OWNERS[architecture]}: {listed(unpaired)}")
+    tensors = {name: own_storage(state_dict[name]) for name in names}
+    return tensors | {HEAD: tensors[EMBEDDING]}
+
+
 def _port_fields(model_args: Mapping[str, Any]) -> dict[str, Any]:
     return {_PORT_NAMES.get(name, name): value for name, value in model_args.items()}
 
@@ -307,6 +377,90 @@ def _port_fields(model_args: Mapping[str, Any]) -> dict[str, Any]:
 def _model_args(config: GPTConfig) -> dict[str, Any]:
     architecture: Architecture = config.architecture
     return {name: getattr(config, _PORT_NAMES.get(name, name)) for name in MODEL_ARGS[architecture]}
+
+
+def _load_directory(directory: Path) -> NanoMoECheckpoint:
+    """Read config.json and the weights beside it."""
+    file = directory / "config.json"
+    fields = _read_json(file)
+    if fields.get("model_type") != GPTConfig.model_type:
+        found = fields.get("model_type")
+        raise CheckpointError(file, f"has model_type={found!r}, expected {GPTConfig.model_type!r}")
+    names = {key: GPTConfig.attribute_map.get(key, key) for key in fields}
+    # Whoever saves a configuration writes all of it: what lacks a field is of another revision.
+    needed = _port_fields(dict.fromkeys((*_REQUIRED_ARGS, *_ROUTING_ARGS)))
+    if missing := [name for name in needed if name not in names.values()]:
+        raise CheckpointError(file, f"lacks {', '.join(missing)}")
+    try:
+        config = GPTConfig.from_dict(fields)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(file, f"is not of a model that can be: {error}") from None
+    model_args = _model_args(config)
+    own = {"architecture", *_port_fields(model_args)}
+    state_dict = named_tensors(directory, _directory_tensors(directory))
+    return NanoMoECheckpoint(
+        architecture=config.architecture,
+        model_args=model_args,
+        state_dict=_matching_tensors(directory, config.architecture, model_args, state_dict),
+        settings={key: value for key, value in fields.items() if names[key] not in own},
+    )
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(file, "not found; expected it in the directory of a checkpoint") from None
+    except OSError as error:
+        raise CheckpointError(file, f"cannot be read: {error.strerror or error}") from None
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(file, f"is not JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(file, f"holds a {type(content).__name__}, expected an object")
+    return content
+
+
+def _directory_tensors(directory: Path) -> Mapping[Any, Any]:
+    """Read the weights of a directory, whole or in parts."""
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if (directory / name).is_file():
+            return _file_tensors(directory / name)
+        index = directory / f"{name}.index.json"
+        if index.is_file():
+            return _indexed_tensors(index)
+    raise CheckpointError(directory, "holds no weights; expected model.safetensors or pytorch_model.bin, or an index")
+
+
+def _indexed_tensors(index: Path) -> dict[Any, Any]:
+    """Read the parts that an index names; each tensor has to be where it says, and no other."""
+    places = _read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(part, str) for part in places.values()):
+        raise CheckpointError(index, "has no object weight_map with the file of each tensor")
+    tensors: dict[Any, Any] = {}
+    for part in sorted(set(places.values())):
+        if Path(part).name != part:
+            raise CheckpointError(index, f"names {part!r}, expected a file beside it")
+        found = _file_tensors(index.parent / part)
+        expected = {name for name in places if places[name] == part}
+        if odd := sorted(map(str, expected ^ found.keys())):
+            raise CheckpointError(index.parent / part, f"holds other tensors than {index.name} says: {listed(odd)}")
+        tensors |= found
+    return tensors
+
+
+def _file_tensors(file: Path) -> Mapping[Any, Any]:
+    if not file.is_file():
+        raise CheckpointError(file, "not found; the index beside it says that it holds tensors")
+    if file.suffix != ".safetensors":
+        contents = read_archive(file)
+        if not isinstance(contents, Mapping):
+            raise CheckpointError(file, f"holds a {type(contents).__name__}, expected a dictionary of tensors")
+        return contents
+    try:
+        # Copies: what is read stays a part of the file, and changes when that is written anew.
+        return {name: tensor.clone() for name, tensor in load_file(file).items()}
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(file, f"is damaged or truncated: {error}") from None
 
 
 def _read_model_args(
