@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """nanoMoE checkpoints: each layout of both originals in and out, and nothing hostile, contradictory or half-written."""
 
+import dataclasses
 import errno
+import json
 import os
 import pickle
 import stat
@@ -12,9 +14,13 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from reference_models.nanogpt import original as nanogpt
 from reference_models.nanogpt.checkpoint import CheckpointError
+from reference_models.nanomoe import ancestor, native_files
+from reference_models.nanomoe import original as nanomoe
 from reference_models.nanomoe.checkpoint import (
     MODEL_ARGS,
     Architecture,
@@ -24,7 +30,9 @@ from reference_models.nanomoe.checkpoint import (
     load_checkpoint,
     save_checkpoint,
     to_nanomoe_ckpt,
+    to_nanomoe_directory,
 )
+from reference_models.nanomoe.modeling_nanomoe_gpt import GPT
 
 SIZES = {"n_layer": 4, "n_head": 2, "n_embd": 16, "block_size": 12, "vocab_size": 31}
 SPARSE = {"n_exp": 3, "top_k": 1, "train_capacity": 1.5, "eval_capacity": 1.0, "min_capacity": 2, "stride": 2}
@@ -39,6 +47,8 @@ VARIANTS: list[tuple[Architecture, dict[str, Any]]] = [
     ("ancestor", {"use_noisy_top_k": True, "stride": 3}),
     ("ancestor", {"n_exp": 1, "top_k": 2}),
 ]
+ORIGINALS = {"nanomoe": nanomoe, "ancestor": ancestor}
+IDX = torch.randint(31, (2, 12), generator=torch.Generator().manual_seed(5))
 EITHER = pytest.mark.parametrize("architecture", ["nanomoe", "ancestor"])
 EACH = pytest.mark.parametrize(("architecture", "fields"), VARIANTS, ids=str)
 
@@ -47,11 +57,18 @@ def arguments(architecture: Architecture, **fields: Any) -> dict[str, Any]:
     return {**MODEL_ARGS[architecture], **SIZES, **SPARSE, **fields}
 
 
+def original(architecture: Architecture, **fields: Any) -> Any:
+    torch.manual_seed(0)
+    module: Any = ORIGINALS[architecture]
+    model = module.GPT(module.GPTConfig(**arguments(architecture, **fields))).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.3)
+    return model
+
+
 def weights(architecture: Architecture, **fields: Any) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(3)
-    shapes = expected_shapes(architecture, arguments(architecture, **fields))
-    state = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
-    return state | {"lm_head.weight": state["transformer.wte.weight"]}
+    return dict(original(architecture, **fields).state_dict())
 
 
 def contents(architecture: Architecture, /, **entries: Any) -> dict[str, Any]:
@@ -92,7 +109,20 @@ def assert_same(path: Path, expected: dict[str, Tensor]) -> None:
             assert torch.equal(found, tensor), name
 
 
-# Where experts are
+# What the originals have
+
+
+@pytest.mark.parametrize("architecture", ORIGINALS)
+def test_fields_are_those_of_the_original(architecture: Architecture) -> None:
+    config: Any = ORIGINALS[architecture]
+    fields = {field.name: field.default for field in dataclasses.fields(config.GPTConfig)}
+    assert fields == MODEL_ARGS[architecture]
+
+
+@EACH
+def test_shapes_are_those_of_the_original(architecture: Architecture, fields: dict[str, Any]) -> None:
+    shapes = {name: tuple(tensor.shape) for name, tensor in weights(architecture, **fields).items()}
+    assert list(expected_shapes(architecture, arguments(architecture, **fields)).items()) == list(shapes.items())
 
 
 def test_placement() -> None:
@@ -124,9 +154,22 @@ def test_files_of_train_py(path: Path, architecture: Architecture, fields: dict[
         assert getattr(config, "moe_top_k" if name == "top_k" else name) == value, name
 
 
+@EACH
+def test_the_model_computes_what_the_original_does(
+    path: Path, architecture: Architecture, fields: dict[str, Any]
+) -> None:
+    if architecture == "ancestor" and "use_noisy_top_k" in fields:
+        fields = fields | {"use_noisy_top_k": False}  # it makes noise in evaluation too
+    model = original(architecture, **fields).double()
+    native_files.write_checkpoint(model, arguments(architecture, **fields), path)
+    with torch.no_grad():
+        assert torch.allclose(from_nanomoe_ckpt(path)(IDX).logits, model(IDX, IDX)[0], rtol=0, atol=1e-12)
+
+
 def test_a_dense_file_of_nanogpt(path: Path) -> None:
-    state = weights("ancestor", n_exp=1)
+    torch.manual_seed(0)
     args = SIZES | {"bias": True, "dropout": 0.2}
+    state = dict(nanogpt.GPT(nanogpt.GPTConfig(**args)).state_dict())
     torch.save(contents("ancestor", model=state, model_args=args), path)
     assert_same(path, state)
     checkpoint = load_checkpoint(path)
@@ -217,6 +260,30 @@ def test_entries_are_those_of_the_original(path: Path) -> None:
         assert torch.load(path, weights_only=True).keys() == expected
 
 
+@EACH
+def test_the_original_resumes(path: Path, architecture: Architecture, fields: dict[str, Any]) -> None:
+    source = original(architecture, **fields)
+    native_files.write_checkpoint(source, arguments(architecture, **fields), path)
+    to_nanomoe_ckpt(from_nanomoe_ckpt(path), path, iter_num=3)
+    args, state = native_files.read_checkpoint(str(path))
+    module: Any = ORIGINALS[architecture]
+    model = module.GPT(module.GPTConfig(**args))
+    model.load_state_dict(state, strict=True)
+    native_files.resume(model, str(path))
+    for name, tensor in source.state_dict().items():
+        assert torch.equal(model.state_dict()[name], tensor), name
+
+
+def test_nanogpt_resumes_a_dense_ancestor(path: Path) -> None:
+    to_nanomoe_ckpt(GPT(GPT.config_class(architecture="ancestor", **SIZES)), path)
+    checkpoint = torch.load(path, weights_only=True)
+    # What train.py takes of model_args with --init_from=resume.
+    forced = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size")
+    model = nanogpt.GPT(nanogpt.GPTConfig(**{name: checkpoint["model_args"][name] for name in forced}))
+    model.load_state_dict(checkpoint["model"], strict=True)
+    native_files.resume(model, str(path))
+
+
 def test_a_view_is_saved_alone(path: Path) -> None:
     whole = torch.randn(10_000, 16)
     state = weights("nanomoe") | {"transformer.wpe.weight": whole[:12]}
@@ -248,6 +315,168 @@ def test_another_gelu_is_not_written(path: Path) -> None:
         to_nanomoe_ckpt(model, path)
 
 
+# Directories
+
+
+def directory_of(parent: Path, **fields: Any) -> tuple[Path, dict[str, Tensor]]:
+    """Return what train.py of askerlee/nanoMoE wrote, and the weights in it."""
+    model = original("nanomoe", **fields)
+    directory = parent / "ckpt-1"
+    native_files.write_directory(model, arguments("nanomoe", **fields), directory)
+    return directory, dict(model.state_dict())
+
+
+def edited(directory: Path, change: dict[str, Any], *lost: str, file: str = "config.json") -> None:
+    content = json.loads((directory / file).read_text())
+    (directory / file).write_text(json.dumps(without(content | change, *lost)))
+
+
+@pytest.mark.parametrize("fields", [fields for architecture, fields in VARIANTS if architecture == "nanomoe"], ids=str)
+def test_directory(tmp_path: Path, fields: dict[str, Any]) -> None:
+    directory, state = directory_of(tmp_path, **fields)
+    assert_same(directory, state)
+    checkpoint = load_checkpoint(directory)
+    assert (checkpoint.architecture, checkpoint.model_args) == ("nanomoe", arguments("nanomoe", **fields))
+    for name, tensor in GPT.from_pretrained(directory).state_dict().items():
+        assert torch.equal(tensor, state[name]), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_directory_there_and_back(tmp_path: Path, dtype: torch.dtype) -> None:
+    directory, state = directory_of(tmp_path, use_qwen3_moe_mlp=True)
+    back = tmp_path / "back"
+    to_nanomoe_directory(from_nanomoe_ckpt(directory).to(dtype), back)
+    assert sorted(os.listdir(back)) == ["config.json", "model.safetensors"]
+    assert_same(back, {name: tensor.to(dtype) for name, tensor in state.items()})
+    assert load_file(back / "model.safetensors").keys() == state.keys() - {"lm_head.weight"}
+    first, second = (json.loads((place / "config.json").read_text()) for place in (directory, back))
+    assert second == first | {"dtype": str(dtype).removeprefix("torch."), "tie_word_embeddings": True}
+
+
+def test_directory_with_renamed_fields(tmp_path: Path) -> None:
+    directory, state = directory_of(tmp_path)
+    edited(directory, {"sequence_len": 12, "top_k": 1}, "block_size", "moe_top_k")
+    assert_same(directory, state)
+    assert load_checkpoint(directory).model_args == arguments("nanomoe")
+
+
+def test_directory_with_a_pickle(tmp_path: Path) -> None:
+    directory, state = directory_of(tmp_path)
+    (directory / "model.safetensors").unlink()
+    torch.save(state, directory / "pytorch_model.bin")
+    assert_same(directory, state)
+    torch.save([1], directory / "pytorch_model.bin")
+    refused(directory / "pytorch_model.bin", "list", at=directory)
+
+
+@EITHER
+@pytest.mark.parametrize("size", ["1GB", "20KB"])
+def test_directory_of_the_port(tmp_path: Path, architecture: Architecture, size: str) -> None:
+    model = original(architecture)
+    native_files.write_checkpoint(model, arguments(architecture), tmp_path / "ckpt.pt")
+    port = from_nanomoe_ckpt(tmp_path / "ckpt.pt")
+    port.config.label_convention = "preshifted"
+    port.config.use_cache = True
+    port.save_pretrained(tmp_path / "saved", max_shard_size=size)
+    assert (tmp_path / "saved/model.safetensors.index.json").is_file() == (size == "20KB")
+    assert_same(tmp_path / "saved", dict(model.state_dict()))
+    config = from_nanomoe_ckpt(tmp_path / "saved").config
+    assert (config.architecture, config.label_convention, config.use_cache) == (architecture, "preshifted", True)
+
+
+def test_a_model_does_without_its_directory(tmp_path: Path) -> None:
+    directory, state = directory_of(tmp_path)
+    model = from_nanomoe_ckpt(directory)
+    file = directory / "model.safetensors"
+    with open(file, "rb+") as opened:
+        opened.seek(-4096, os.SEEK_END)
+        opened.write(bytes(4096))
+    for name, tensor in state.items():
+        assert torch.equal(model.state_dict()[name], tensor), name
+
+
+def test_directory_that_is_not_written(tmp_path: Path) -> None:
+    directory, _ = directory_of(tmp_path)
+    before = {file: file.read_bytes() for file in directory.iterdir()}
+    with pytest.raises(FileExistsError, match=r"ckpt-1 is not empty"):
+        to_nanomoe_directory(from_nanomoe_ckpt(directory), directory)
+    assert {file: file.read_bytes() for file in directory.iterdir()} == before
+    with pytest.raises(ValueError, match=r"'ancestor'.*to_nanomoe_ckpt"):
+        to_nanomoe_directory(GPT(GPT.config_class(architecture="ancestor", **SIZES)), tmp_path / "new")
+    assert os.listdir(tmp_path) == ["ckpt-1"]
+
+
+@pytest.mark.parametrize(
+    ("change", "lost", "words"),
+    [
+        ({"n_shared_experts": 2}, (), ["unknown key n_shared_experts=2"]),
+        ({"model_type": "gpt2"}, (), ["model_type='gpt2'", "'nanomoe_gpt'"]),
+        ({}, ("moe_top_k",), ["lacks moe_top_k"]),
+        ({}, ("n_head", "stride"), ["lacks n_head, stride"]),
+        ({"moe_top_k": 4}, (), ["moe_top_k=4", "n_exp=3"]),
+        ({"top_k": 2}, (), ["moe_top_k=1", "top_k=2", "disagree"]),
+        ({"eval_capacity": float("nan")}, (), ["eval_capacity=nan"]),
+        ({"tie_word_embeddings": False}, (), ["tie_word_embeddings=False"]),
+    ],
+    ids=str,
+)
+def test_bad_config_json(tmp_path: Path, change: dict[str, Any], lost: tuple[str, ...], words: list[str]) -> None:
+    directory, _ = directory_of(tmp_path)
+    edited(directory, change, *lost)
+    refused(directory / "config.json", *words, at=directory)
+
+
+def test_config_json_that_is_none(tmp_path: Path) -> None:
+    refused(tmp_path / "config.json", "not found", at=tmp_path)
+    for content, word in (("[]", "list"), ("{", "not JSON"), ("[" * 100_000, "not JSON"), ("\xff", "not JSON")):
+        (tmp_path / "config.json").write_bytes(content.encode("latin-1"))
+        refused(tmp_path / "config.json", word, at=tmp_path)
+
+
+def test_bad_tensors_in_a_directory(tmp_path: Path) -> None:
+    directory, _ = directory_of(tmp_path)
+    file = directory / "model.safetensors"
+    whole = file.read_bytes()
+    edited(directory, {"stride": 1})
+    refused(directory, "has experts in layers 1, 3, expected them in layers 0, 1, 2, 3")
+    edited(directory, {"stride": 2})
+    tensors = load_file(file)
+    name = C_FC.format(1)
+    for tensor, word in (
+        (torch.full((3, 16, 64), float("nan")), "NaN"),
+        (torch.zeros(3, 64, 16), "transposed"),
+        (torch.zeros(3, 16, 64, dtype=torch.int8), "int8"),
+    ):
+        save_file(tensors | {name: tensor}, file)
+        refused(directory, name, word)
+    save_file(without(tensors, name), file)
+    refused(directory, "missing", name)
+    for content in (whole[: len(whole) * 2 // 3], b"", b"\xff" * 100):
+        file.write_bytes(content)
+        refused(file, "damaged or truncated", at=directory)
+    file.unlink()
+    refused(directory, "no weights", "model.safetensors", "pytorch_model.bin")
+
+
+def test_bad_index(tmp_path: Path) -> None:
+    directory, state = directory_of(tmp_path)
+    (directory / "model.safetensors").rename(directory / "a.safetensors")
+    index = directory / "model.safetensors.index.json"
+    places = dict.fromkeys(without(state, "lm_head.weight"), "a.safetensors")
+    index.write_text(json.dumps({"weight_map": places}))
+    assert_same(directory, state)
+    for weight_map, place, word in (
+        (None, index, "weight_map"),
+        ({"transformer.wte.weight": 3}, index, "weight_map"),
+        (places | {"x": "../a.safetensors"}, index, "'../a.safetensors'"),
+        (places | {"x": "b.safetensors"}, directory / "b.safetensors", "not found"),
+        (places | {"x": "a.safetensors"}, directory / "a.safetensors", "x"),
+        (without(places, "transformer.wpe.weight"), directory / "a.safetensors", "transformer.wpe.weight"),
+    ):
+        index.write_text(json.dumps({"weight_map": weight_map}))
+        refused(place, word, at=directory)
+
+
 # Hostile and broken files
 
 
@@ -261,11 +490,11 @@ class RunsCode:
         return os.mkdir, (os.fspath(self.trace),)
 
 
-def refused(path: Path, *words: str) -> None:
-    """Assert that both readers refuse a file in one line that names it and says these words."""
+def refused(path: Path, *words: str, at: Path | None = None) -> None:
+    """Assert that both readers refuse a file, or the directory it is in, in one line that names it and says so."""
     for reader in (load_checkpoint, from_nanomoe_ckpt):
         with pytest.raises(CheckpointError) as caught:
-            reader(path)
+            reader(at or path)
         message = str(caught.value)
         assert "\n" not in message
         assert message.startswith(f"{path}: ")
@@ -501,3 +730,32 @@ def test_others_may_read_the_file(path: Path) -> None:
     finally:
         os.umask(mask)
     assert stat.S_IMODE(path.stat().st_mode) == 0o644
+
+
+def test_no_room_left_for_a_directory(tmp_path: Path) -> None:
+    directory, _ = directory_of(tmp_path)
+    model = from_nanomoe_ckpt(directory)
+    with limited_file_size(20_000), pytest.raises(OSError, match="new"):
+        to_nanomoe_directory(model, tmp_path / "new")
+    assert os.listdir(tmp_path) == ["ckpt-1"]
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_interrupted_directory(tmp_path: Path, call: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory, _ = directory_of(tmp_path)
+    model = from_nanomoe_ckpt(directory)
+
+    def interrupt(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, call, interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        to_nanomoe_directory(model, tmp_path / "new")
+    assert os.listdir(tmp_path) == ["ckpt-1"]
+
+
+def test_no_parent_directory(tmp_path: Path) -> None:
+    torch.save(contents("nanomoe"), tmp_path / "ckpt.pt")
+    with pytest.raises(FileNotFoundError) as caught:
+        to_nanomoe_directory(from_nanomoe_ckpt(tmp_path / "ckpt.pt"), tmp_path / "no" / "new")
+    assert caught.value.filename == os.fspath(tmp_path / "no" / "new")
