@@ -392,8 +392,8 @@ def _load_directory(directory: Path) -> NanoMoECheckpoint:
     if missing := [name for name in needed if name not in names.values()]:
         raise CheckpointError(file, f"lacks {', '.join(missing)}")
     try:
-        config = GPTConfig.from_dict(fields)
-    except (TypeError, ValueError) as error:
+        config = GPTConfig.from_dict(dict(fields))  # a copy, into which the library writes
+    except Exception as error:  # what the library itself reads of a file can be wrong in many ways
         raise CheckpointError(file, f"is not of a model that can be: {error}") from None
     model_args = _model_args(config)
     own = {"architecture", *_port_fields(model_args)}

@@ -417,6 +417,7 @@ def test_directory_that_is_not_written(tmp_path: Path) -> None:
         ({"top_k": 2}, (), ["moe_top_k=1", "top_k=2", "disagree"]),
         ({"eval_capacity": float("nan")}, (), ["eval_capacity=nan"]),
         ({"tie_word_embeddings": False}, (), ["tie_word_embeddings=False"]),
+        ({"dtype": "float7"}, (), ["float7"]),
     ],
     ids=str,
 )
