@@ -40,7 +40,8 @@ from reference_models.nanogpt.checkpoint import (
     write_whole,
 )
 
-from .modeling_nanomoe_gpt import GPT, GPTConfig
+from .configuration_nanomoe_gpt import GPTConfig
+from .modeling_nanomoe_gpt import GPT
 
 Architecture = Literal["nanomoe", "ancestor"]
 

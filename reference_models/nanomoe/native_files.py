@@ -57,9 +57,10 @@ def checkpoint_dialects(module: torch.nn.Module, fields: Fields, directory: Path
     files: dict[str, Any] = {}
     if is_ancestor(fields):
         plain["optimizer"] = optimizer
-        if fields["n_exp"] == 1:
-            names = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout")
-            files["nanoGPT's model_args"] = plain | {"model_args": {name: fields[name] for name in names}}
+        names = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout")
+        few = {name: fields[name] for name in names}
+        if fields == {name: vars(type(module.config)(**few))[name] for name in fields}:  # type: ignore[operator]
+            files["nanoGPT's model_args"] = plain | {"model_args": few}
     else:
         files["an optimizer and iter_num"] = plain | {"optimizer": optimizer, "iter_num": 3}
     paths = {name: directory / f"nanomoe_{number}.pt" for number, name in enumerate(files)}
@@ -76,7 +77,8 @@ def write_directory(module: torch.nn.Module, fields: Fields, directory: Path) ->
     from safetensors.torch import save_file
 
     config = {"moe_top_k" if name == "top_k" else name: value for name, value in fields.items()}
-    config |= {"architectures": ["GPT"], "dtype": "float32", "model_type": "nanomoe_gpt"}
+    dtype = str(next(module.parameters()).dtype).removeprefix("torch.")
+    config |= {"architectures": ["GPT"], "dtype": dtype, "model_type": "nanomoe_gpt"}
     tensors = {name: tensor.contiguous() for name, tensor in module.state_dict().items() if name != "lm_head.weight"}
     directory.mkdir()
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
