@@ -227,6 +227,8 @@ def to_nanomoe_ckpt(
 ) -> None:
     """Write a checkpoint from which the `train.py` of the model's original resumes.
 
+    What is the port's alone, such as `label_convention`, has no place in it.
+
     Args:
         model: of either architecture, on any device; it stays as it is.
         path: where to write; an existing file is replaced only once the new one is complete.
@@ -242,7 +244,7 @@ def to_nanomoe_ckpt(
     if config.gelu_approximate != "none":
         raise ValueError(
             f"gelu_approximate={config.gelu_approximate!r} is not the GELU of {_OWNERS['ancestor']}, which would"
-            " compute something else from this file; expected 'none'"
+            " compute something else from this file; set it to 'none' to write the weights all the same"
         )
     save_checkpoint(
         path,
@@ -477,18 +479,17 @@ def _read_model_args(
         raise CheckpointError(
             path, f"model_args has {listed(unknown)}, unknown to {_OWNERS[architecture]}; did you mean {nearest[0]}?"
         )
-    has_experts = given.get("n_exp", 1) != 1
-    if has_experts and (missing := [name for name in _ROUTING_ARGS if name not in given]):
-        raise CheckpointError(
-            path, f"model_args has n_exp={given['n_exp']!r} and lacks {', '.join(missing)}, which no tensor tells"
-        )
     embedding = state_dict.get(EMBEDDING)
     rows = embedding.shape[0] if embedding is not None and embedding.ndim == 2 else 50257
     args = dict(known) | {"vocab_size": rows} | dict(given)
     try:
         GPTConfig(architecture=architecture, **_port_fields(args))
-    except (TypeError, ValueError) as error:
+    except (ArithmeticError, TypeError, ValueError) as error:
         raise CheckpointError(path, f"model_args cannot be those of a model: {error}") from None
+    if args["n_exp"] > 1 and (missing := [name for name in _ROUTING_ARGS if name not in given]):
+        raise CheckpointError(
+            path, f"model_args has n_exp={args['n_exp']} and lacks {', '.join(missing)}, which no tensor tells"
+        )
     return architecture, args
 
 

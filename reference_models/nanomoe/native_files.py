@@ -59,7 +59,7 @@ def checkpoint_dialects(module: torch.nn.Module, fields: Fields, directory: Path
         plain["optimizer"] = optimizer
         names = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout")
         few = {name: fields[name] for name in names}
-        if fields == {name: vars(type(module.config)(**few))[name] for name in fields}:  # type: ignore[operator]
+        if fields == {name: vars(type(module.config)(**few))[name] for name in fields}:
             files["nanoGPT's model_args"] = plain | {"model_args": few}
     else:
         files["an optimizer and iter_num"] = plain | {"optimizer": optimizer, "iter_num": 3}

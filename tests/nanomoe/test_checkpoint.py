@@ -345,6 +345,7 @@ def test_directory(tmp_path: Path, fields: dict[str, Any]) -> None:
 def test_directory_there_and_back(tmp_path: Path, dtype: torch.dtype) -> None:
     directory, state = directory_of(tmp_path, use_qwen3_moe_mlp=True)
     back = tmp_path / "back"
+    back.mkdir()
     to_nanomoe_directory(from_nanomoe_ckpt(directory).to(dtype), back)
     assert sorted(os.listdir(back)) == ["config.json", "model.safetensors"]
     assert_same(back, {name: tensor.to(dtype) for name, tensor in state.items()})
@@ -632,7 +633,9 @@ def test_another_kind_of_experts(path: Path, flag: str, name: str) -> None:
         ({"top_k": 0}, ["top_k=0"]),
         ({"stride": 0}, ["stride=0"]),
         ({"eval_capacity": -1.0}, ["eval_capacity=-1.0"]),
+        ({"eval_capacity": 10**400}, ["cannot be", "too large"]),
         ({"n_exp": 0}, ["n_exp=0"]),
+        ({"n_exp": torch.ones(2)}, ["n_exp=tensor"]),
         ({"n_exp": 10**12}, ["3 experts", "n_exp=1000000000000"]),
         ({"n_head": 3}, ["n_embd=16", "n_head=3"]),
         ({"block_size": 8}, ["transformer.wpe.weight", "(12, 16)", "(8, 16)"]),
