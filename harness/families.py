@@ -133,7 +133,9 @@ class Family:
     parameter_groups: Callable[[torch.nn.Module, float], list[dict[str, Any]]] | None = None
     golden: Callable[[Golden], Mapping[str, torch.Tensor]] | None = None
     golden_names: Sequence[str] = ()
-    golden_bounds: Mapping[str, float] | Callable[[Golden], Mapping[str, float]] = dataclasses.field(default_factory=dict)
+    golden_bounds: Mapping[str, float] | Callable[[Golden], Mapping[str, float]] = dataclasses.field(
+        default_factory=dict
+    )
     mutants: str | None = None
     port_auto_class: str = "AutoModelForCausalLM"
     backends: Sequence[str] = ("torch-cpu", "torch-cuda", "torch-mps")
