@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from collections.abc import Iterator
@@ -14,8 +15,9 @@ import torch
 from torch import Tensor
 
 from harness import families
+from harness.errors import DescriptionError
 from harness.families import Family, LossConvention
-from harness.golden import verify
+from harness.golden import read_golden, record, verify
 from reference_models.nanomoe import ancestor, original, shared
 from reference_models.nanomoe import golden as golden_files
 from reference_models.nanomoe.ancestor import GPT as Ancestor
@@ -117,6 +119,34 @@ def test_bounds_are_those_of_rounding_but_behind_float32(registered: None, file:
     assert {name: bound for name, bound in outputs.items() if bound != 1e-12} == looser
     weights = {bound for name, bound in floats.items() if "outputs" not in name}
     assert weights == ({1e-7} if "adamw" in file else set())
+
+
+@pytest.mark.parametrize("mode", ["eval", "train"])
+@pytest.mark.parametrize(
+    ("family", "module", "fields"),
+    [
+        ("nanomoe", original, {"use_qwen3_moe_mlp": True, **ALL_LOSSES}),
+        ("nanomoe_ancestor", ancestor, {"use_aux_loss": True}),
+    ],
+)
+def test_recording(
+    registered: None, tmp_path: Path, mode: Any, family: str, module: Any, fields: dict[str, Any]
+) -> None:
+    sizes = {"block_size": 9, "vocab_size": 23, "n_layer": 2, "n_head": 2, "n_embd": 8, "n_exp": 3}
+    out = tmp_path / "own.safetensors"
+    # Fields that are not given are the original's defaults.
+    record(f"{module.__name__}:GPT", out, fields=sizes | fields, family=family, mode=mode, adamw_steps=1)
+    (result,) = verify(out)
+    assert (result.status, result.reason) == ("verified", "")
+    stored = {name.removeprefix("outputs_f64/") for name in result.errors if name.startswith("outputs_f64/router.0.")}
+    layer = {"logits", "topk_indices", "rank", "keep", "probs_kept", "capacity", "moe_output"}
+    if module is ancestor:
+        layer |= {"used_capacity", "aux_loss"}
+    elif mode == "train":
+        layer |= {"aux_loss", "z_loss", "router_ortho_loss", "experts_ortho_loss", "gate_output_loss"}
+    assert stored == {f"router.0.{name}" for name in layer}
+    with pytest.raises(DescriptionError, match="its config is not that of"):
+        golden_files.bounds(dataclasses.replace(read_golden(out), fields={"depth": 2}))
 
 
 def test_a_router_of_another_kind_is_named(registered: None) -> None:
