@@ -753,6 +753,7 @@ def test_crop_block_size(model_class: type) -> None:
     model.crop_block_size(5)
     assert model.config.block_size == 5
     assert model.transformer.wpe.weight.shape == (5, 8)
+    assert model.transformer.wpe.num_embeddings == 5
     assert torch.equal(model(idx)[0], before)
     with pytest.raises(ValueError, match=r"6 tokens.*block_size=5"):
         model(torch.arange(6)[None])
@@ -818,6 +819,13 @@ def test_losses_that_upstream_widens_are_float32_at_least() -> None:
         assert shared.load_balancing_loss(narrow).dtype == wide
         assert shared.z_loss(narrow).dtype == dtype
         assert original.experts_ortho_loss(torch.ones(2, 3, 4, dtype=dtype)).dtype == wide
+
+
+def test_cosines_of_experts_are_not_taken_in_half_precision() -> None:
+    c_fc = torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = original.experts_ortho_loss(c_fc)
+    assert loss.item() == pytest.approx(original.experts_ortho_loss(c_fc.double()).item(), rel=1e-5)
 
 
 @BOTH
