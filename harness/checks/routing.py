@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from harness.checks.masks import padded_batch, unpadded_logits
 from harness.checks.precision import pairs
 from harness.checks.training import port_gradients, same_spread, same_tensors
 from harness.errors import Mismatch, Skip
-from harness.families import Decision, RoutedLayer
+from harness.families import Decision, RoutedLayer, Routing
 from harness.numerics import FLOAT32_INSIDE_BOUND, SEMANTICS_BOUND, relative_error, require_calibrated
 from harness.routing import Seen, combined, deciding_as, mixture, observed, routed_layers, routing_of, watch_layers
 from harness.trial import (
@@ -30,6 +30,7 @@ from harness.trial import (
     prepare,
     require_semantics,
     run_original,
+    run_port,
     worst,
 )
 
@@ -157,36 +158,47 @@ def _one_term(trial: Trial, case: Case, name: str) -> dict[str, float]:
 def noise(trial: Trial, case: Case) -> dict[str, float]:
     """Noise in the choice is there when the original's is, and spreads logits as far as the original's.
 
-    In training it follows the original's under one seed, or in mean and variance. In evaluation two calls are the same
-    bits where the original's are. Would have caught: noise in evaluation, noise that is never there, a standard
-    deviation without its softplus.
+    In training it follows the original's under one seed, and so does the loss with all its terms; or else in mean and
+    variance. In evaluation two calls are the same bits where the original's are. Would have caught: noise in
+    evaluation, noise that is never there, a standard deviation without its softplus, a term that leaves the noise out.
     """
     routing = routing_of(trial)
     routed_layers(trial, case)
     if not routing.noise:
         raise Skip(f"family '{trial.family.name}' has no noise in its choice")
     independent = trial.family.independent or dict
-    fields = {**independent(case.fields), **routing.noise}
+    fields = {**independent(case.fields), **_all_terms(routing), **routing.noise}
     case = dataclasses.replace(case, fields=fields, rows=1, tokens=max(2, min(case.tokens, 6)))
     pair = prepare(trial, case)
-    tokens, targets = pair.batch.tokens, pair.batch.targets
+    tokens = pair.batch.tokens
+    labels = port_labels(trial, tokens, pair.batch.targets)
+    targets = original_targets(trial, labels)
     numbers = []
     for training in (False, True):
         pair.port.train(training)
         pair.original.train(training)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(case.seed)
-            theirs = [run_original(trial, pair.original, tokens, targets)["logits"] for _ in range(2)]
+            theirs = [run_original(trial, pair.original, tokens, targets) for _ in range(2)]
             torch.manual_seed(case.seed)
-            ours = [port_logits(trial, pair.port, tokens) for _ in range(2)]
-        if torch.equal(*theirs):
-            if not torch.equal(*ours):
+            ours = [run_port(trial, pair.port, tokens, labels=labels) for _ in range(2)]
+        (actual, again), (expected, other) = ([each["logits"] for each in pairs] for pairs in (ours, theirs))
+        what = f"with {_listed(routing.noise)}"
+        if torch.equal(expected, other):
+            if not torch.equal(actual, again):
                 mode = "training" if training else "evaluation"
-                raise Mismatch(f"two calls in {mode} differ with {_listed(routing.noise)}, the original's are equal")
-            numbers.append(require_semantics(trial, f"logits with {_listed(routing.noise)}", ours[0], theirs[0]))
-        elif not relative_error(ours[0], theirs[0]) < SEMANTICS_BOUND:
-            numbers.append(same_spread(trial, pair, f"with {_listed(routing.noise)}"))
+                raise Mismatch(f"two calls in {mode} differ {what}, the original's are equal")
+            numbers.append(require_semantics(trial, f"logits {what}", actual, expected))
+        elif not relative_error(actual, expected) < SEMANTICS_BOUND:
+            numbers.append(same_spread(trial, pair, what))
+            continue
+        numbers.append(require_semantics(trial, f"loss {what}", ours[0]["loss"], theirs[0]["loss"]))
     return worst({}, *numbers)
+
+
+def _all_terms(routing: Routing) -> dict[str, Any]:
+    """Overrides that switch every auxiliary loss on."""
+    return {name: value for term in routing.auxiliary for name, value in term.on.items()}
 
 
 def _listed(fields: Mapping[str, Any]) -> str:
@@ -259,41 +271,47 @@ def generation(trial: Trial, case: Case) -> dict[str, float]:
 def purity(trial: Trial, case: Case) -> dict[str, float]:
     """In training, with all auxiliary losses, loss and gradients are the same bits whatever was called in between.
 
-    That is: calls without labels, generation, a second model, a call that ends in an error. Would have caught: losses
+    That is: calls without labels, calls of a second model, generation, a call in evaluation. Would have caught: losses
     that are collected in a module-global list, of which the next labelled call takes all.
     """
     routing = routing_of(trial)
     routed_layers(trial, case)
-    fields = dict(case.fields)
-    for term in routing.auxiliary:
-        fields.update(term.on)
-    case = dataclasses.replace(at_least_two_tokens(case), fields=fields)
+    case = dataclasses.replace(at_least_two_tokens(case), fields={**case.fields, **_all_terms(routing)})
     pair = prepare(trial, case)
     tokens = pair.batch.tokens
     labels = port_labels(trial, tokens, pair.batch.targets)
     other = prepare(trial, dataclasses.replace(case, seed=case.seed + 1))
-    pair.port.train()
     other.port.train()
-    before = loss_of(trial, pair, labels), port_gradients(trial, pair, labels)
-    for _ in range(2):
-        port_logits(trial, pair.port, tokens)
-        port_logits(trial, other.port, tokens)
-    loss_of(trial, other, labels)
-    generate: Any = getattr(pair.port, "generate", None)
-    if generate is not None and "generation" in trial.family.features:
-        generate(tokens[:, :1].to(next(pair.port.parameters()).device), max_new_tokens=2, do_sample=False)
-    pair.port.eval()
-    port_logits(trial, pair.port, tokens)
     pair.port.train()
-    after = loss_of(trial, pair, labels), port_gradients(trial, pair, labels)
-    if not torch.equal(before[0], after[0]):
-        raise Mismatch(
-            f"the loss in training was {float(before[0]):.9g} and is {float(after[0]):.9g} after other calls"
-        )
-    for key, gradient in before[1].items():
-        if not torch.equal(gradient, after[1][key]):
-            raise Mismatch(f"the gradient of {key} is another one after other calls")
+    loss, gradients = loss_of(trial, pair, labels), port_gradients(trial, pair, labels)
+    for what, call in _interludes(trial, pair, other, labels).items():
+        call()
+        pair.port.train()
+        now = loss_of(trial, pair, labels)
+        if not torch.equal(loss, now):
+            raise Mismatch(f"the loss in training was {float(loss):.9g} and is {float(now):.9g} after {what}")
+        call()
+        pair.port.train()
+        for key, gradient in port_gradients(trial, pair, labels).items():
+            if not torch.equal(gradient, gradients[key]):
+                raise Mismatch(f"the gradient of {key} is another one after {what}")
     return {}
+
+
+def _interludes(trial: Trial, pair: Pair, other: Pair, labels: torch.Tensor) -> dict[str, Callable[[], object]]:
+    """What may happen between two labelled calls of a model in training, in words."""
+    tokens = pair.batch.tokens
+    model: Any = pair.port
+    prompt = tokens[:, :1].to(next(model.parameters()).device)
+    calls: dict[str, Callable[[], object]] = {
+        "a call without labels": lambda: port_logits(trial, model, tokens),
+        "a call of another model": lambda: loss_of(trial, other, labels),
+        "a call of another model without labels": lambda: port_logits(trial, other.port, tokens),
+        "a call in evaluation": lambda: port_logits(trial, model.eval(), tokens),
+    }
+    if hasattr(model, "generate") and "generation" in trial.family.features:
+        calls["generate()"] = lambda: model.generate(prompt, max_new_tokens=2, do_sample=False)
+    return calls
 
 
 def precision(trial: Trial, case: Case) -> dict[str, float]:

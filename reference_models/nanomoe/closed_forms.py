@@ -24,7 +24,7 @@ SCALED_GRADIENT = 0.1
 def capacity(fields: Fields, tokens: int, training: bool) -> int:
     """How many tokens an expert takes: the even number at or above k factor N / E, rounded down first, or the least."""
     factor = fields["train_capacity" if training else "eval_capacity"]
-    share = math.floor(fields["top_k"] * factor * tokens / fields["n_exp"])
+    share: int = math.floor(fields["top_k"] * factor * tokens / fields["n_exp"])
     return max(int(fields["min_capacity"]), share + share % 2)
 
 

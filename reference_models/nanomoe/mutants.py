@@ -410,7 +410,7 @@ EXISTING_PORT = (
     _config(
         "a-1-top-k-swallowed",
         "`top_k` of old files and scripts is taken for a generation parameter and ignored",
-        "config.unknown_keys forward.logits",
+        "config.unknown_keys",
         '        "top_k": "moe_top_k",\n',
         "",
     ),
@@ -431,7 +431,7 @@ EXISTING_PORT = (
     _config(
         "a-4-tie-not-written",
         "config.json does not say that the head is tied, so that it comes back random on transformers 5",
-        "config.json_round_trip config.declared weights.* roundtrip.*",
+        "weights.* roundtrip.*",
         '        return {**super().to_diff_dict(), "tie_word_embeddings": self.tie_word_embeddings}\n',
         "        return {k: v for k, v in super().to_diff_dict().items() if k != 'tie_word_embeddings'}\n\n"
         "    @classmethod\n    def from_dict(cls, values: Any, **kwargs: Any) -> Any:\n"
@@ -449,7 +449,7 @@ EXISTING_PORT = (
     _model(
         "a-6-mask-ignored",
         "attention_mask is accepted and ignored",
-        "masks.left_padding masks.right_padding",
+        "masks.left_padding",
         "        past = past_key_values.get_seq_length() if past_key_values is not None else 0\n",
         "        past = past_key_values.get_seq_length() if past_key_values is not None else 0\n"
         "        attention_mask = None\n",
@@ -463,22 +463,22 @@ EXISTING_PORT = (
     ),
     _model(
         "a-8-library-index-not-ignored",
-        "-100 is no ignored label",
-        "loss.ignored",
+        "-100 is a class that does not exist",
+        "loss.value loss.ignored",
         "        ignore_index=IGNORED_LABEL,\n        reduction",
-        "        reduction",
+        "        ignore_index=IGNORED_TARGET,\n        reduction",
     ),
     _model(
         "a-10-gates-of-plain-experts",
         "a training step with plain experts and default losses asks for a gate that they do not have",
-        "training.gradients",
+        "routing.auxiliary",
         "        return self.router.is_active and config.use_qwen3_moe_mlp and config.use_gate_output_loss\n",
         "        return self.router.is_active and config.use_gate_output_loss\n",
     ),
     _model(
         "a-11-orthogonality-of-plain-experts",
         "the router's orthogonality loss fails with plain experts",
-        "training.gradients",
+        "routing.auxiliary",
         "            if swiglu is not None and config.use_router_ortho_loss\n            else None,\n",
         "            if config.use_router_ortho_loss\n            else None,\n",
     ),
@@ -523,10 +523,10 @@ EXISTING_PORT = (
     ),
     _model(
         "a-17-no-window",
-        "generation past the block size fails, where the original's window moves on",
+        "generation past the block size ends in an error of its own, where the original's window moves on",
         "generation.past_maximum",
         '            "input_ids": input_ids[:, -window:],\n',
-        '            "input_ids": input_ids,\n',
+        '            "input_ids": input_ids if input_ids.shape[1] <= window else [].pop(),\n',
     ),
     _model(
         "a-19-no-auto-map",
@@ -546,7 +546,7 @@ EXISTING_PORT = (
     _model(
         "a-21-tensor-made-on-meta",
         "a scale is a tensor that is made while the model is on the meta device",
-        "roundtrip.pretrained roundtrip.meta_device",
+        "roundtrip.meta_device",
         "        self.gradient_checkpointing = False\n        self.post_init()\n",
         "        self.gradient_checkpointing = False\n        self.alpha = torch.tensor(1.0)\n        self.post_init()\n"
         "        self.register_forward_pre_hook(lambda module, given: float(module.alpha) and None)\n",
