@@ -963,7 +963,7 @@ class GPT(GPTPreTrainedModel, GenerationMixin):
         losses = {"ntp_loss": loss.detach()}
         share: float | Tensor = 1.0
         if num_items_in_batch is not None:
-            count = ((targets != IGNORED_LABEL) & (targets != IGNORED_TARGET)).sum().to(loss.device)
+            count = ((targets != IGNORED_LABEL) & (targets != IGNORED_TARGET)).sum().to(loss)
             share = count / torch.as_tensor(num_items_in_batch, device=loss.device)
         for name in AUXILIARY_LOSSES:
             part = auxiliary.get(name)
