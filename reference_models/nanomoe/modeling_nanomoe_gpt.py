@@ -612,6 +612,13 @@ class GPTPreTrainedModel(PreTrainedModel):
             else:
                 nn.init.normal_(parameter, std=INITIAL_STD)
 
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """Load a model; as a keyword here too, `top_k` is `moe_top_k`, and nothing of the generation's."""
+        if "top_k" in kwargs and kwargs.setdefault("moe_top_k", kwargs["top_k"]) == kwargs["top_k"]:
+            del kwargs["top_k"]
+        return super().from_pretrained(*args, **kwargs)
+
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
         """Save the model with its code, so that `AutoModel` and `AutoModelForCausalLM` both load the directory."""
         # The library names only the class being saved, and needs the other one to be found as well.

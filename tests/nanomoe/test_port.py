@@ -44,11 +44,22 @@ OF_NANOMOE: dict[str, dict[str, Any]] = {
     "SwiGLU": {"n_exp": 4, "use_qwen3_moe_mlp": True, **ALL_LOSSES},
     "SwiGLU, drops": {"n_exp": 3, "use_qwen3_moe_mlp": True, "train_capacity": 0.6, "min_capacity": 1, **ALL_LOSSES},
     "SwiGLU, start": {"n_exp": 3, "use_qwen3_moe_mlp": True, "moe_start_layer": 1, "n_layer": 3},
-    "SwiGLU, off": {"n_exp": 3, "use_qwen3_moe_mlp": True, "use_experts_ortho_loss": False, "use_gate_output_loss": False},
+    "SwiGLU, off": {
+        "n_exp": 3,
+        "use_qwen3_moe_mlp": True,
+        "use_experts_ortho_loss": False,
+        "use_gate_output_loss": False,
+    },
     "plain, all flags": {"n_exp": 4, "use_router_ortho_loss": True, "use_aux_loss": True},
 }
 OF_THE_ANCESTOR: dict[str, dict[str, Any]] = {
-    "losses": {"n_exp": 4, "use_aux_loss": True, "use_router_z_loss": True, "train_capacity": 0.75, "eval_capacity": 1.0}
+    "losses": {
+        "n_exp": 4,
+        "use_aux_loss": True,
+        "use_router_z_loss": True,
+        "train_capacity": 0.75,
+        "eval_capacity": 1.0,
+    }
 }
 
 eager_and_sdpa = pytest.mark.parametrize("attention", ["eager", "sdpa"])
@@ -429,7 +440,9 @@ def test_masked_scores_do_not_overflow_in_half_precision() -> None:
 
 @both_architectures
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision(make_original_model: Make, make_port_model: Make, architecture: str, dtype: torch.dtype) -> None:
+def test_half_precision(
+    make_original_model: Make, make_port_model: Make, architecture: str, dtype: torch.dtype
+) -> None:
     fields = {"n_exp": 4, "use_aux_loss": True, "use_router_z_loss": True}
     source = make_original_model(architecture, **fields).to(dtype).train()
     model = make_port_model(architecture, source=source, dtype=dtype).train()
