@@ -612,6 +612,13 @@ class GPTPreTrainedModel(PreTrainedModel):
             else:
                 nn.init.normal_(parameter, std=INITIAL_STD)
 
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """Load a model; as a keyword here too, `top_k` is `moe_top_k`, and nothing of the generation's."""
+        if "top_k" in kwargs and kwargs.setdefault("moe_top_k", kwargs["top_k"]) == kwargs["top_k"]:
+            del kwargs["top_k"]
+        return super().from_pretrained(*args, **kwargs)
+
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
         """Save the model with its code, so that `AutoModel` and `AutoModelForCausalLM` both load the directory."""
         # The library names only the class being saved, and needs the other one to be found as well.
@@ -702,13 +709,14 @@ class GPTModel(GPTPreTrainedModel):
             return None
         return attention_mask[:, -length:].bool()
 
-    def _use_cache(self, use_cache: bool | None) -> bool:
+    def _use_cache(self, use_cache: bool | None, past_key_values: Cache | None) -> bool:
         """Decide whether to return a cache, and say so where the cache is not the same as none."""
         if self.gradient_checkpointing and self.training:
             return False
         drops = self.config.capacity_can_drop
         if use_cache is None:
-            use_cache = self.config.use_cache if self.config.use_cache is not None else not drops
+            by_default = self.config.use_cache if self.config.use_cache is not None else not drops
+            use_cache = by_default or past_key_values is not None
         if use_cache and drops and not self.training and not torch.compiler.is_compiling():
             config = self.config
             warnings.warn(
@@ -744,7 +752,8 @@ class GPTModel(GPTPreTrainedModel):
                 padding on either side or in between changes nothing.
             past_key_values: the cache of the tokens that came before; only the new ones are routed.
             inputs_embeds: (batch, length, n_embd), token embeddings without positions.
-            use_cache: return a cache; never while gradient checkpointing is training. See `GPTConfig.use_cache`.
+            use_cache: return a cache; never while gradient checkpointing is training. By default where a cache is
+                given, else see `GPTConfig.use_cache`.
             output_attentions: return attention weights, which only `eager` attention has.
             output_hidden_states: return the input of every block and the output of the last norm.
             output_router_logits: return the router logits of every MoE layer, (batch * length, n_exp).
@@ -764,7 +773,7 @@ class GPTModel(GPTPreTrainedModel):
             output_attentions = config.output_attentions
         if output_hidden_states is None:
             output_hidden_states = config.output_hidden_states
-        use_cache = self._use_cache(use_cache)
+        use_cache = self._use_cache(use_cache, past_key_values)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache()  # given a configuration, 5.x copies it first
 
@@ -963,7 +972,7 @@ class GPT(GPTPreTrainedModel, GenerationMixin):
         losses = {"ntp_loss": loss.detach()}
         share: float | Tensor = 1.0
         if num_items_in_batch is not None:
-            count = ((targets != IGNORED_LABEL) & (targets != IGNORED_TARGET)).sum().to(loss.device)
+            count = ((targets != IGNORED_LABEL) & (targets != IGNORED_TARGET)).sum().to(loss)
             share = count / torch.as_tensor(num_items_in_batch, device=loss.device)
         for name in AUXILIARY_LOSSES:
             part = auxiliary.get(name)

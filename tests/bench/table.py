@@ -11,7 +11,7 @@ from typing import Any
 
 CHECKS = "check, one case"
 PLANTED = "planted bugs"
-GROUPS = ("gate", "fresh process", "harness", "nanoGPT", "Hub", "Hub store")
+GROUPS = ("gate", "fresh process", "harness", "nanoGPT", "nanoMoE", "Hub", "Hub store")
 
 
 def main(file: str) -> None:
@@ -34,6 +34,9 @@ def beside(extra: dict[str, Any]) -> str:
         ratio = extra["ratio"]
         times = f"{1 / ratio:.1f} times as fast as" if ratio < 0.5 else f"{ratio:.2f} of the time of"
         memory = f"; server {extra['server_mib']:.0f} MiB" if "server_mib" in extra else ""
+        if "peak_mib" in extra:
+            memory = f"; {extra['tokens_per_second']:.0f} tokens a second"
+            memory += f"; {extra['peak_mib']:.0f} MiB against {extra['baseline_peak_mib']:.0f} MiB"
         return f"{times} {extra.get('baseline', 'the original')}, {seconds(extra['original_seconds'])}{memory}"
     if "per_second" in extra:
         return f"{extra['per_second']:.0f} a second"
