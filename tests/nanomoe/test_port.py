@@ -13,6 +13,7 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import StaticCache
 
+from reference_models.nanomoe import modeling_nanomoe_gpt
 from reference_models.nanomoe.configuration_nanomoe_gpt import GPTConfig
 from reference_models.nanomoe.modeling_nanomoe_gpt import GPT, MOELayer, Router, eager_attention_forward
 
@@ -527,15 +528,31 @@ def test_attention_can_be_switched(make_port_model: Make) -> None:
     assert_close(model(IDX).logits, expected)
 
 
-def test_only_kept_slots_are_computed(make_port_model: Make) -> None:
-    for experts in (4, 20):
-        model = make_port_model(n_exp=experts, n_layer=1, eval_capacity=1.0, min_capacity=1)
-        rows: list[int] = []
-        seen = routings(model)
-        layer: MOELayer = model.transformer.h[0].mlp
-        layer.experts.register_forward_hook(lambda module, inputs, output: rows.append(len(inputs[0])))
-        model(IDX)
-        assert rows == [int(seen[0].keep.sum())]
+@pytest.mark.parametrize("experts", [4, 20])
+def test_only_kept_slots_are_computed(make_port_model: Make, experts: int) -> None:
+    model = make_port_model(n_exp=experts, n_layer=1, eval_capacity=1.0, min_capacity=1)
+    rows: list[int] = []
+    seen = routings(model)
+    layer: MOELayer = model.transformer.h[0].mlp
+    layer.experts.register_forward_hook(lambda module, inputs, output: rows.append(len(inputs[0])))
+    model(IDX)
+    assert rows == [int(seen[0].keep.sum())]
+
+
+@pytest.mark.skipif(not hasattr(torch.nn.functional, "grouped_mm"), reason="this torch has no grouped matmul")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_grouped_kernel(make_port_model: Make, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    """What a GPU computes, by the same function on the CPU; of 20 experts some get no token."""
+    model = make_port_model(dtype=dtype, n_exp=20, eval_capacity=1.0, min_capacity=1)
+    results = []
+    for grouped in (False, True):
+        monkeypatch.setattr(modeling_nanomoe_gpt, "_takes_grouped_mm", lambda rows, weight, taken=grouped: taken)
+        model.zero_grad()
+        outputs = model(IDX, targets=NEXT)
+        outputs.loss.backward()
+        results.append([outputs.logits, *(parameter.grad for parameter in model.parameters())])
+    for segments, kernel in zip(*results, strict=True):
+        assert_close(kernel.float(), segments.float(), 1e-5 if dtype == torch.float32 else 0.1)
 
 
 def test_nothing_is_left_behind(make_port_model: Make) -> None:
