@@ -39,7 +39,7 @@ _GENERIC_KEYS = {
     "use_bfloat16",
 }
 
-_AT_LEAST_ONE = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "n_exp", "moe_top_k", "min_capacity", "stride")
+_SIZES = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "n_exp", "moe_top_k", "min_capacity", "stride")
 _FLAGS = (
     "bias",
     "use_aux_loss",
@@ -221,19 +221,19 @@ class GPTConfig(PretrainedConfig):
         If so, what a token gets depends on every other token of the call: on later ones, on padding and on the rest of
         the batch. See section 2.9 of the specification, and `use_cache`.
         """
-        return self.n_exp > 1 and self.moe_top_k * self.eval_capacity < self.n_exp
+        return bool(self.n_exp > 1 and self.moe_top_k * self.eval_capacity < self.n_exp)
 
     def has_experts(self, layer: int) -> bool:
         """Whether a layer, counted from 0, has experts instead of an MLP."""
         if self.n_exp == 1:
             return False
         if self.architecture == "ancestor":
-            return layer % self.stride == 0
-        return layer >= self.moe_start_layer and (layer + 1) % self.stride == 0
+            return bool(layer % self.stride == 0)
+        return bool(layer >= self.moe_start_layer and (layer + 1) % self.stride == 0)
 
     def validate_architecture(self) -> None:
         """Raise `ValueError`, naming field and value, unless a model can be built from the fields."""
-        for name in (*_AT_LEAST_ONE, "moe_start_layer"):
+        for name in (*_SIZES, "moe_start_layer"):
             value, least = getattr(self, name), 0 if name == "moe_start_layer" else 1
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ValueError(f"{name}={value!r} must be a whole number of at least {least}")
@@ -259,10 +259,8 @@ class GPTConfig(PretrainedConfig):
             raise ValueError(f"moe_top_k={self.moe_top_k} must be at most n_exp={self.n_exp}, the number of experts")
         absent = _NOT_IN_THE_ANCESTOR if self.architecture == "ancestor" else _ONLY_IN_THE_ANCESTOR
         for name, off in absent.items():
-            if getattr(self, name) != off:
-                raise ValueError(
-                    f"{name}={getattr(self, name)!r} must be {off!r}: architecture={self.architecture!r} has no such part"
-                )
+            if (value := getattr(self, name)) != off:
+                raise ValueError(f"{name}={value!r} must be {off!r}: architecture={self.architecture!r} is without it")
         if self.tie_word_embeddings is not True:
             raise ValueError(
                 f"tie_word_embeddings={self.tie_word_embeddings!r} must be true: nanoMoE has one matrix for both"

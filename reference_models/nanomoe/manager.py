@@ -55,7 +55,7 @@ class _CurrentManager(MOEManager):
     """The manager of the call in progress. Outside a call it is empty, and what is added is forgotten at once."""
 
     @property
-    def _losses(self) -> dict[str, list[Any]]:  # type: ignore[override]
+    def _losses(self) -> dict[str, list[Any]]:
         manager = _CALL_IN_PROGRESS.get()
         return {} if manager is None else manager._losses
 

@@ -14,7 +14,7 @@ import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import transformers
@@ -42,8 +42,12 @@ try:
 except ImportError:
     if __package__:
         raise
-    from configuration_nanomoe_gpt import GPTConfig
-    from manager import AUXILIARY_LOSSES, MOEManager, manager_of_this_call
+    from configuration_nanomoe_gpt import GPTConfig  # type: ignore[import-not-found,no-redef]
+    from manager import (  # type: ignore[import-not-found,no-redef]
+        AUXILIARY_LOSSES,
+        MOEManager,
+        manager_of_this_call,
+    )
 
 TRANSFORMERS_5 = int(transformers.__version__.split(".")[0]) >= 5
 LAYER_NORM_EPSILON = 1e-5
@@ -112,15 +116,21 @@ class ScaledGradient(torch.autograd.Function):
         return tensor.view_as(tensor)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return gradient * GRADIENT_SCALE
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return gradients[0] * GRADIENT_SCALE
+
+
+def scaled_gradient(tensor: Tensor) -> Tensor:
+    """Return the tensor itself, whose gradient is scaled."""
+    scaled: Tensor = ScaledGradient.apply(tensor)  # type: ignore[no-untyped-call]
+    return scaled
 
 
 # Attention and dense layers
 
 
 class Attention(nn.Module):
-    """Causal multi-head attention with the scale 1/sqrt(head size), after a norm of queries and keys but in the ancestor."""
+    """Causal multi-head attention, scale 1/sqrt(head size); but in the ancestor, queries and keys are normalised."""
 
     def __init__(self, config: GPTConfig, layer_idx: int) -> None:
         super().__init__()
@@ -257,9 +267,9 @@ class Router(nn.Module):
             logits = logits + F.softplus(self.w_noise(tokens)) * torch.randn_like(logits)
         return logits
 
-    def _capacity(self, count: int | Tensor) -> int | Tensor:
+    def _capacity(self, count: int | Tensor) -> Any:
         config = self.config
-        factor = config.train_capacity if self.training else config.eval_capacity
+        factor: float = config.train_capacity if self.training else config.eval_capacity
         # In the order of the original, whose rounding decides where the share is a whole number.
         if isinstance(count, Tensor):
             share = (config.moe_top_k * factor * count.double() / config.n_exp).floor().long()
@@ -310,8 +320,7 @@ def load_balancing_loss(routing: Routing, is_token: Tensor | None = None) -> Ten
 
 def router_z_loss(routing: Routing, is_token: Tensor | None = None) -> Tensor:
     """Return the mean over tokens of the squared log of the summed exponentials of all logits."""
-    logits = routing.logits.to(accumulation_dtype(routing.logits.dtype))
-    return _mean(logits.logsumexp(dim=-1).square(), is_token)
+    return _mean(routing.logits.logsumexp(dim=-1).square(), is_token)
 
 
 def _mean(values: Tensor, is_token: Tensor | None) -> Tensor:
@@ -323,6 +332,10 @@ def _mean(values: Tensor, is_token: Tensor | None) -> Tensor:
 
 
 # Experts
+
+
+Linear = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+"""What multiplies rows by the matrices (E, in, out) of their groups and adds offsets (E, 1, out)."""
 
 
 @dataclass(frozen=True)
@@ -337,7 +350,7 @@ class GroupedRows:
 
     @functools.cached_property
     def sizes(self) -> list[int]:
-        return self.counts.tolist()
+        return [int(count) for count in self.counts.tolist()]
 
     def linear(self, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Multiply rows (M, in) by the matrices (E, in, out) of their groups and add offsets (E, 1, out)."""
@@ -371,6 +384,9 @@ def padded_linear(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 class MLPExperts(nn.Module):
     """Plain experts: two matrices each, (in, out), around an activation."""
 
+    fc_bias: Tensor | None
+    proj_bias: Tensor | None
+
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         experts, width = config.n_exp, config.n_embd
@@ -380,7 +396,7 @@ class MLPExperts(nn.Module):
         self.register_parameter("proj_bias", nn.Parameter(torch.empty(experts, 1, width)) if config.bias else None)
         self.act = activation(config)
 
-    def forward(self, rows: Tensor, linear: Callable[..., Tensor]) -> Tensor:
+    def forward(self, rows: Tensor, linear: Linear) -> Tensor:
         """Compute each row by the expert of its group; `linear` multiplies rows in their groups."""
         return linear(self.act(linear(rows, self.c_fc, self.fc_bias)), self.c_proj, self.proj_bias)
 
@@ -395,7 +411,7 @@ class Qwen3MLPExperts(nn.Module):
         self.c_fc = nn.Parameter(torch.empty(experts, width, 4 * width))
         self.c_proj = nn.Parameter(torch.empty(experts, 4 * width, width))
 
-    def forward(self, rows: Tensor, linear: Callable[..., Tensor]) -> Tensor:
+    def forward(self, rows: Tensor, linear: Linear) -> Tensor:
         """Compute each row by the expert of its group; `linear` multiplies rows in their groups."""
         gate = F.silu(linear(rows, self.gate_proj, None))
         return linear(gate * linear(rows, self.c_fc, None), self.c_proj, None)
@@ -403,18 +419,19 @@ class Qwen3MLPExperts(nn.Module):
     def orthogonality(self) -> Tensor:
         """Return the mean over all E^2 pairs of the squared cosine, each pair counted once; at least float32."""
         flat = self.c_fc.flatten(1)
-        flat = F.normalize(flat.to(accumulation_dtype(flat.dtype)), dim=-1)
-        return (flat @ flat.T).triu(1).square().mean()
+        with torch.autocast(flat.device.type, enabled=False):
+            directions = F.normalize(flat.to(accumulation_dtype(flat.dtype)), dim=-1)
+            return (directions @ directions.T).triu(1).square().mean()
 
-    def gate_output(self, rows: Tensor, linear: Callable[..., Tensor]) -> Tensor:
+    def gate_output(self, rows: Tensor, linear: Linear) -> Tensor:
         """Return the mean over rows of the mean squared output of the gate; rows where that is 0 do not count."""
-        squares = linear(ScaledGradient.apply(rows), self.gate_proj, None).square().mean(-1).flatten()
+        squares = linear(scaled_gradient(rows), self.gate_proj, None).square().mean(-1).flatten()
         return squares.sum() / squares.count_nonzero().clamp(min=1)
 
 
 def router_orthogonality(router: Tensor, gate: Tensor, negative_weight: float) -> Tensor:
     """Return the weighted sum of squared products of each expert's router row (E, D) and gate columns (E, D, M)."""
-    products = torch.einsum("ed,edm->em", router, ScaledGradient.apply(gate))
+    products = torch.einsum("ed,edm->em", router, scaled_gradient(gate))
     return (products.square() * torch.where(products >= 0, 1.0, negative_weight)).sum()
 
 
@@ -425,11 +442,11 @@ class MOELayer(nn.Module):
         super().__init__()
         self.config = config
         self.router = Router(config)
-        self.experts = Qwen3MLPExperts(config) if config.use_qwen3_moe_mlp else MLPExperts(config)
+        self.experts: Any = Qwen3MLPExperts(config) if config.use_qwen3_moe_mlp else MLPExperts(config)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, hidden_states: Tensor, is_token: Tensor | None = None) -> tuple[Tensor | None, ...]:
-        """Return the output, the router logits (N, E) and the losses of `AUXILIARY_LOSSES`, None for those not asked for.
+        """Return the output, the router logits (N, E) and the losses of `AUXILIARY_LOSSES`, None for what is off.
 
         Args:
             hidden_states: (batch, length, width).
@@ -453,7 +470,7 @@ class MOELayer(nn.Module):
         return self.router.is_active and config.use_qwen3_moe_mlp and config.use_gate_output_loss
 
     def _in_groups(self, tokens: Tensor, routing: Routing) -> tuple[Tensor, Tensor | None]:
-        """Compute the kept slots only, sorted by expert. Returns (k * N, width), 0 for dropped ones, and the gate loss."""
+        """Compute the kept slots, sorted by expert. Returns (k * N, width), 0 for dropped ones, and the gate loss."""
         experts = routing.indices.T.flatten()
         order = experts.argsort(stable=True)
         if isinstance(routing.capacity, Tensor) or routing.capacity < len(tokens):
@@ -471,7 +488,8 @@ class MOELayer(nn.Module):
         capacity = count if isinstance(routing.capacity, Tensor) else min(routing.capacity, count)
         keep = routing.keep.T.flatten()
         # Dropped slots share a last row, which nobody reads.
-        place = torch.where(keep, routing.indices.T.flatten() * capacity + routing.ranks.T.flatten(), experts * capacity)
+        in_buffer = routing.indices.T.flatten() * capacity + routing.ranks.T.flatten()
+        place = torch.where(keep, in_buffer, experts * capacity)
         rows = tokens.new_zeros(experts * capacity + 1, tokens.shape[1])
         rows = rows.index_copy(0, place, tokens.repeat(routing.keep.shape[1], 1))
         rows = rows[:-1].view(experts, capacity, -1)
@@ -480,11 +498,12 @@ class MOELayer(nn.Module):
         return output[place.clamp(max=experts * capacity - 1)].masked_fill(~keep.unsqueeze(-1), 0), gate_output
 
     def _drop(self, output: Tensor, routing: Routing, order: Tensor) -> Tensor:
-        """Apply dropout to rows (M, width) of these slots, with the original's draws: one for each row of its buffer."""
+        """Apply dropout to rows (M, width) of these slots, with the draws of the original, made in its buffer."""
         if self.dropout.p == 0 or not self.training:
             return output
         buffer = output.new_ones(self.config.n_exp, int(routing.capacity), output.shape[1])
-        return output * self.dropout(buffer)[routing.indices.T.flatten()[order], routing.ranks.T.flatten()[order]]
+        kept: Tensor = self.dropout(buffer)[routing.indices.T.flatten()[order], routing.ranks.T.flatten()[order]]
+        return output * kept
 
     def _losses(
         self, routing: Routing, is_token: Tensor | None, gate_output: Tensor | None
@@ -537,7 +556,7 @@ class Block(GradientCheckpointingLayer):
 
 @dataclass
 class GPTModelOutput(BaseModelOutputWithPast):
-    """What [`GPTModel`] returns: `auxiliary_losses` by name, summed over layers, and `router_logits` of each MoE layer."""
+    """What [`GPTModel`] returns, `auxiliary_losses` by name, each summed over layers, and `router_logits` by layer."""
 
     auxiliary_losses: dict[str, Tensor] | None = None
     router_logits: tuple[Tensor, ...] | None = None
@@ -592,6 +611,13 @@ class GPTPreTrainedModel(PreTrainedModel):
                 nn.init.trunc_normal_(parameter, std=std, a=-2 * std, b=2 * std)
             else:
                 nn.init.normal_(parameter, std=INITIAL_STD)
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """Load a model; as a keyword here too, `top_k` is `moe_top_k`, and nothing of the generation's."""
+        if "top_k" in kwargs and kwargs.setdefault("moe_top_k", kwargs["top_k"]) == kwargs["top_k"]:
+            del kwargs["top_k"]
+        return super().from_pretrained(*args, **kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
         """Save the model with its code, so that `AutoModel` and `AutoModelForCausalLM` both load the directory."""
@@ -683,13 +709,14 @@ class GPTModel(GPTPreTrainedModel):
             return None
         return attention_mask[:, -length:].bool()
 
-    def _use_cache(self, use_cache: bool | None) -> bool:
+    def _use_cache(self, use_cache: bool | None, past_key_values: Cache | None) -> bool:
         """Decide whether to return a cache, and say so where the cache is not the same as none."""
         if self.gradient_checkpointing and self.training:
             return False
         drops = self.config.capacity_can_drop
         if use_cache is None:
-            use_cache = self.config.use_cache if self.config.use_cache is not None else not drops
+            by_default = self.config.use_cache if self.config.use_cache is not None else not drops
+            use_cache = by_default or past_key_values is not None
         if use_cache and drops and not self.training and not torch.compiler.is_compiling():
             config = self.config
             warnings.warn(
@@ -725,7 +752,8 @@ class GPTModel(GPTPreTrainedModel):
                 padding on either side or in between changes nothing.
             past_key_values: the cache of the tokens that came before; only the new ones are routed.
             inputs_embeds: (batch, length, n_embd), token embeddings without positions.
-            use_cache: return a cache; never while gradient checkpointing is training. See `GPTConfig.use_cache`.
+            use_cache: return a cache; never while gradient checkpointing is training. By default where a cache is
+                given, else see `GPTConfig.use_cache`.
             output_attentions: return attention weights, which only `eager` attention has.
             output_hidden_states: return the input of every block and the output of the last norm.
             output_router_logits: return the router logits of every MoE layer, (batch * length, n_exp).
@@ -745,7 +773,7 @@ class GPTModel(GPTPreTrainedModel):
             output_attentions = config.output_attentions
         if output_hidden_states is None:
             output_hidden_states = config.output_hidden_states
-        use_cache = self._use_cache(use_cache)
+        use_cache = self._use_cache(use_cache, past_key_values)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache()  # given a configuration, 5.x copies it first
 
@@ -787,14 +815,15 @@ class GPTModel(GPTPreTrainedModel):
                         if loss is not None:
                             manager.add(name, loss)
             hidden_states = self.ln_f(hidden_states)
-            auxiliary_losses = {name: manager.aggregate(name) for name in AUXILIARY_LOSSES}
+            sums = {name: manager.aggregate(name) for name in AUXILIARY_LOSSES}
+            auxiliary_losses = {name: loss for name, loss in sums.items() if isinstance(loss, Tensor)}
 
         return GPTModelOutput(
             last_hidden_state=hidden_states,
             past_key_values=past_key_values if use_cache else None,
             hidden_states=(*all_hidden_states, hidden_states) if output_hidden_states else None,
             attentions=all_attentions or None,
-            auxiliary_losses={name: loss for name, loss in auxiliary_losses.items() if isinstance(loss, Tensor)} or None,
+            auxiliary_losses=auxiliary_losses,
             router_logits=all_router_logits if output_router_logits else None,
         )
 
@@ -911,7 +940,7 @@ class GPT(GPTPreTrainedModel, GenerationMixin):
 
         loss, losses = None, None
         if targets is not None:
-            loss, losses = self._loss(logits, targets, outputs.auxiliary_losses or {}, num_items_in_batch)
+            loss, losses = self._loss(logits, targets, outputs.auxiliary_losses, num_items_in_batch)
         return GPTOutput(
             loss=loss,
             logits=logits,
@@ -943,7 +972,7 @@ class GPT(GPTPreTrainedModel, GenerationMixin):
         losses = {"ntp_loss": loss.detach()}
         share: float | Tensor = 1.0
         if num_items_in_batch is not None:
-            count = ((targets != IGNORED_LABEL) & (targets != IGNORED_TARGET)).sum().to(loss.device)
+            count = ((targets != IGNORED_LABEL) & (targets != IGNORED_TARGET)).sum().to(loss)
             share = count / torch.as_tensor(num_items_in_batch, device=loss.device)
         for name in AUXILIARY_LOSSES:
             part = auxiliary.get(name)
@@ -1063,7 +1092,7 @@ class GPT(GPTPreTrainedModel, GenerationMixin):
     @classmethod
     def from_pretrained_gpt2(
         cls, name_or_directory: str | os.PathLike[str], override_args: dict[str, Any] | None = None
-    ) -> Self:
+    ) -> Any:
         """Import a GPT-2 by its name on the Hub (`gpt2`, `gpt2-medium`, ...) or from a local directory.
 
         The result is the ancestor's architecture without experts and with the GELU that GPT-2 was trained with: the
@@ -1083,13 +1112,13 @@ class GPT(GPTPreTrainedModel, GenerationMixin):
 
     def get_num_params(self, non_embedding: bool = True) -> int:
         """Count the parameters, the tied matrix once; without the position table unless asked otherwise."""
-        total = sum(parameter.numel() for parameter in self.parameters())
+        total: int = sum(parameter.numel() for parameter in self.parameters())
         return total - self.transformer.wpe.weight.numel() if non_embedding else total
 
     def configure_optimizers(
         self, weight_decay: float, learning_rate: float, betas: tuple[float, float], device_type: str
     ) -> torch.optim.AdamW:
-        """Make nanoMoE's AdamW: what has two or more axes decays, but offsets, even of experts, do not; fused on CUDA."""
+        """Make nanoMoE's AdamW: what has two axes or more decays, but for offsets, even of experts; fused on CUDA."""
         trained = [(name, parameter) for name, parameter in self.named_parameters() if parameter.requires_grad]
         decays = [parameter.dim() >= 2 and not name.endswith("bias") for name, parameter in trained]
         groups = [
