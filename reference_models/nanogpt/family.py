@@ -160,18 +160,25 @@ def checkpoint_dialects(module: torch.nn.Module, fields: Fields, directory: Path
     """The same model as revisions of train.py from the first to today's write it, by what is different in the file."""
     import torch
 
-    tensors = module.state_dict()
-    causal = torch.ones(fields["block_size"], fields["block_size"]).tril()[None, None]
-    masks = {f"transformer.h.{layer}.attn.bias": causal for layer in range(fields["n_layer"])}
     optimizer = module.configure_optimizers(0.1, 6e-4, (0.9, 0.95), "cpu")  # type: ignore[operator]
     plain = {
-        "model": tensors,
+        "model": module.state_dict(),
         "optimizer": optimizer.state_dict(),
         "model_args": dict(fields),
         "iter_num": 3,
         "best_val_loss": torch.tensor(2.5),
         "config": {"dataset": "none"},
     }
+    return write_dialects(plain, directory)
+
+
+def write_dialects(plain: dict[str, Any], directory: Path) -> dict[str, Path]:
+    """What a train.py that descends from nanoGPT's saves, `plain`, in files that each differ from it in one way."""
+    import torch
+
+    tensors, fields = plain["model"], plain["model_args"]
+    causal = torch.ones(fields["block_size"], fields["block_size"]).tril()[None, None]
+    masks = {f"transformer.h.{layer}.attn.bias": causal for layer in range(fields["n_layer"])}
 
     def without(contents: Mapping[str, Any], *names: str) -> dict[str, Any]:
         return {name: value for name, value in contents.items() if name not in names}
