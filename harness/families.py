@@ -184,7 +184,8 @@ class Family:
     parameter_groups: (original module, weight decay) -> AdamW groups of the original.
     golden: reproduces what a golden file stores, see `harness.golden`.
     golden_names: further values of a golden file's `family` that this family answers for.
-    golden_bounds: tensor-name pattern -> relative bound, where the default of `harness.golden` does not hold.
+    golden_bounds: tensor-name pattern -> relative bound, where the default of `harness.golden` does not hold; the first
+        pattern that fits counts. A function of the golden file where they depend on its configuration or mode.
     mutants: `module:NAME` of the planted bugs that `parity selftest` proves the checks with.
     port_auto_class: the transformers Auto class a saved port is loaded with.
     backends: where ports of this family can run.
@@ -229,7 +230,9 @@ class Family:
     parameter_groups: Callable[[torch.nn.Module, float], list[dict[str, Any]]] | None = None
     golden: Callable[[Golden], Mapping[str, torch.Tensor]] | None = None
     golden_names: Sequence[str] = ()
-    golden_bounds: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    golden_bounds: Mapping[str, float] | Callable[[Golden], Mapping[str, float]] = dataclasses.field(
+        default_factory=dict
+    )
     mutants: str | None = None
     port_auto_class: str = "AutoModelForCausalLM"
     backends: Sequence[str] = ("torch-cpu", "torch-cuda", "torch-mps")

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from harness.errors import DescriptionError
 from harness.families import Family, read_conftest
-from harness.ports import Port, load_object
+from harness.ports import Port, converter_spec, load_object
 from harness.results import BAD, Result
 
 if TYPE_CHECKING:
@@ -49,6 +49,11 @@ class Mutant:
     def harmless(self) -> bool:
         """Whether the edit changes nothing that anyone could notice."""
         return not self.killers
+
+
+def planted(file: str, name: str, bug: str, killers: str, find: str, replace: str, times: int = 1) -> Mutant:
+    """A mutant in one line of a list: its id is `name`, its killers are words."""
+    return Mutant(id=name, file=file, find=find, replace=replace, times=times, bug=bug, killers=tuple(killers.split()))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -131,10 +136,11 @@ def mutated_source(mutant: Mutant, root: Path) -> str:
 
 
 def plant(mutant: Mutant, port: Port, directory: Path) -> Port:
-    """A copy of the port below `directory` with the bug in it: the files of `code`, and nothing else."""
+    """A copy of the port below `directory` with the bug in it: the files of `code`, its converter, nothing else."""
     if not port.code:
         raise DescriptionError(f"port '{port.name}': selftest needs `code`, the files the port consists of")
-    for file in {*port.code, mutant.file}:
+    named = [(spec or "").rpartition(":")[0] for spec in (port.model, port.config, converter_spec(port))]
+    for file in {*port.code, mutant.file, *(file for file in named if file.endswith(".py"))}:
         (directory / file).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(port.root / file, directory / file)
     (directory / mutant.file).write_text(mutated_source(mutant, port.root), encoding="utf-8")

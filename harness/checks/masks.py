@@ -11,6 +11,7 @@ import torch
 from harness.cases import Case
 from harness.cases.batches import Padded, Side, pad
 from harness.errors import Mismatch, Skip
+from harness.numerics import FLOAT32_INSIDE_BOUND, relative_error
 from harness.ports import first_line
 from harness.trial import (
     Pair,
@@ -106,7 +107,8 @@ def packed(trial: Trial, case: Case) -> dict[str, float]:
     numbers = []
     for attention in each_attention(pair.port):
         actual, changed = (port_logits(trial, pair.port, each, **options) for each in (tokens, other))
-        apart[attention] = torch.equal(actual[:, first:], changed[:, first:])
+        # Not the same bits: experts multiply in other groups when a token of the other text goes elsewhere.
+        apart[attention] = relative_error(actual[:, first:], changed[:, first:]) < FLOAT32_INSIDE_BOUND
         if apart[attention]:
             what = f"logits of texts of {first} and {count - first} tokens in one row (attention: {attention})"
             numbers.append(require_semantics(trial, what, actual, expected))

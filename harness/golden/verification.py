@@ -120,6 +120,7 @@ def _verify_file(path: Path, name: str, digest: str | None, originals: dict[str,
 def _compare(golden: Golden, family: Family, name: str, produced: Mapping[str, torch.Tensor]) -> GoldenResult:
     errors: dict[str, float] = {}
     bounds: dict[str, float] = {}
+    own_bounds = family.golden_bounds(golden) if callable(family.golden_bounds) else family.golden_bounds
     floors = {name: _gradient_scale(golden, name) for name in golden.sections if name.startswith("grads")}
     unreproduced = set(golden.stored) - set(produced)
     for tensor_name in sorted(set(golden.stored) - unreproduced):
@@ -133,7 +134,7 @@ def _compare(golden: Golden, family: Family, name: str, produced: Mapping[str, t
             )
         if stored.is_floating_point():
             errors[tensor_name] = _error(own, stored, floors.get(tensor_name.partition("/")[0], 0.0))
-            bounds[tensor_name] = _bound(tensor_name, stored, family)
+            bounds[tensor_name] = _bound(tensor_name, stored, own_bounds)
         else:
             errors[tensor_name], bounds[tensor_name] = float((own != stored).sum()), 0.0
     reason = _reason(unreproduced, errors, bounds)
@@ -161,9 +162,9 @@ def _rms(tensors: list[torch.Tensor]) -> float:
     return math.sqrt(total / count) if count else 0.0
 
 
-def _bound(name: str, stored: torch.Tensor, family: Family) -> float:
-    own = (bound for pattern, bound in family.golden_bounds.items() if fnmatch.fnmatchcase(name, pattern))
-    return next(own, BOUNDS[dtype_name(stored)])
+def _bound(name: str, stored: torch.Tensor, own: Mapping[str, float]) -> float:
+    fitting = (bound for pattern, bound in own.items() if fnmatch.fnmatchcase(name, pattern))
+    return next(fitting, BOUNDS[dtype_name(stored)])
 
 
 def _reason(unreproduced: set[str], errors: Mapping[str, float], bounds: Mapping[str, float]) -> str:

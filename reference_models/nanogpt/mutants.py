@@ -6,27 +6,16 @@
 
 from __future__ import annotations
 
-from harness.mutants import Mutant
+import functools
+
+from harness.mutants import planted
 
 ROOM = "reference_models/nanogpt/"
 
 
-def _edit(file: str, name: str, bug: str, killers: str, find: str, replace: str, times: int = 1) -> Mutant:
-    return Mutant(
-        id=name, file=ROOM + file, find=find, replace=replace, times=times, bug=bug, killers=tuple(killers.split())
-    )
-
-
-def _model(name: str, bug: str, killers: str, find: str, replace: str, times: int = 1) -> Mutant:
-    return _edit("modeling_nanogpt.py", name, bug, killers, find, replace, times)
-
-
-def _config(name: str, bug: str, killers: str, find: str, replace: str) -> Mutant:
-    return _edit("configuration_nanogpt.py", name, bug, killers, find, replace)
-
-
-def _checkpoint(name: str, bug: str, killers: str, find: str, replace: str) -> Mutant:
-    return _edit("checkpoint.py", name, bug, killers, find, replace)
+_model = functools.partial(planted, ROOM + "modeling_nanogpt.py")
+_config = functools.partial(planted, ROOM + "configuration_nanogpt.py")
+_checkpoint = functools.partial(planted, ROOM + "checkpoint.py")
 
 
 def _rewritten_auto_map(change: str) -> tuple[str, str]:

@@ -313,6 +313,22 @@ def test_bounds_of_the_family_come_first(place: Path, tmp_path: Path, monkeypatc
     assert _result(place, tmp_path, _add("outputs_f64/loss", 1e-8)).status == "failed"
 
 
+def test_bounds_may_depend_on_the_file(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def bounds(golden: Golden) -> Mapping[str, float]:
+        return {"outputs_f64/block.0": 1e-7, "*_f64/*": 1e-12} if golden.mode == "eval" else {}
+
+    family = dataclasses.replace(families.find_family("tiny"), golden_bounds=bounds)
+    monkeypatch.setitem(families._registered, "tiny", family)
+    assert _result(place, tmp_path, _add("outputs_f64/block.0", 1e-8)).status == "verified"
+    assert _result(place, tmp_path, _add("outputs_f64/block.1", 1e-10)).status == "failed"
+
+    def train(tensors: Tensors, metadata: dict[str, str]) -> None:
+        metadata["mode"] = "train"
+        tensors["outputs_f64/block.1"][0, 0, 0] += 1e-10
+
+    assert _result(place, tmp_path, train).status == "verified"
+
+
 # Broken files
 
 
