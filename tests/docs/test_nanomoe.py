@@ -309,6 +309,29 @@ def test_generation_beyond_the_window_and_without_sampling() -> None:
 
 
 @pytest.mark.usefixtures("reader")
+@pytest.mark.parametrize("drops", [False, True])
+def test_what_a_token_depends_on(drops: bool) -> None:
+    config = GPTConfig(**SIZES, n_exp=8, moe_top_k=2, eval_capacity=0.5 if drops else 4.0)
+    assert config.capacity_can_drop == drops
+    model = GPT(config).eval().double()
+    tokens = torch.randint(64, (4, 32))
+    whole = model(tokens).logits
+    prefix = model(tokens[:, :10]).logits
+    alone = model(tokens[1:2]).logits
+    turned = model(tokens.flip(0)).logits.flip(0)
+    first = model(tokens[:, :20], use_cache=True)
+    rest = model(tokens[:, 20:], past_key_values=first.past_key_values, use_cache=True).logits
+    pairs = {
+        "prefix": (whole[:, :10], prefix),
+        "batch": (whole[1:2], alone),
+        "order": (whole, turned),
+        "cache": (whole[:, 20:], rest),
+    }
+    equal = {name: torch.allclose(*pair, atol=1e-12) for name, pair in pairs.items()}
+    assert equal == dict.fromkeys(pairs, not drops)
+
+
+@pytest.mark.usefixtures("reader")
 def test_the_tuple_of_the_configuration_and_a_positional_mask() -> None:
     model = GPT(GPTConfig(**SIZES, return_dict=False)).eval()
     tokens = torch.randint(64, (2, 8))
