@@ -354,10 +354,15 @@ class GroupedRows:
 
     def linear(self, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Multiply rows (M, in) by the matrices (E, in, out) of their groups and add offsets (E, 1, out)."""
+        device = rows.device.type
+        if torch.is_autocast_enabled(device) and rows.dtype != torch.float64:
+            # As autocast does for a matmul, but it knows no grouped one, and would convert expert by expert.
+            dtype = torch.get_autocast_dtype(device)
+            rows, weight = rows.to(dtype), weight.to(dtype)
         if _takes_grouped_mm(rows, weight):
             product = F.grouped_mm(rows, weight, offs=self.counts.cumsum(0).to(torch.int32))
             return product if bias is None else product + bias.squeeze(1)[self.experts]
-        # On CPUs, and where the kernel does not take the type, as fast: see the figures in tests/bench.
+        # As fast on a CPU, and for every type. Indexing the weights instead would add a full gradient per expert.
         groups = zip(self.sizes, rows.split(self.sizes), weight.unbind(), strict=True)
         products = [group @ matrix for size, group, matrix in groups if size]
         product = torch.cat(products) if products else rows.new_zeros(0, weight.shape[2])
@@ -612,6 +617,13 @@ class GPTPreTrainedModel(PreTrainedModel):
             else:
                 nn.init.normal_(parameter, std=INITIAL_STD)
 
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """Load a model; as a keyword here too, `top_k` is `moe_top_k`, and nothing of the generation's."""
+        if "top_k" in kwargs and kwargs.setdefault("moe_top_k", kwargs["top_k"]) == kwargs["top_k"]:
+            del kwargs["top_k"]
+        return super().from_pretrained(*args, **kwargs)
+
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
         """Save the model with its code, so that `AutoModel` and `AutoModelForCausalLM` both load the directory."""
         # The library names only the class being saved, and needs the other one to be found as well.
@@ -702,13 +714,14 @@ class GPTModel(GPTPreTrainedModel):
             return None
         return attention_mask[:, -length:].bool()
 
-    def _use_cache(self, use_cache: bool | None) -> bool:
+    def _use_cache(self, use_cache: bool | None, past_key_values: Cache | None) -> bool:
         """Decide whether to return a cache, and say so where the cache is not the same as none."""
         if self.gradient_checkpointing and self.training:
             return False
         drops = self.config.capacity_can_drop
         if use_cache is None:
-            use_cache = self.config.use_cache if self.config.use_cache is not None else not drops
+            by_default = self.config.use_cache if self.config.use_cache is not None else not drops
+            use_cache = by_default or past_key_values is not None
         if use_cache and drops and not self.training and not torch.compiler.is_compiling():
             config = self.config
             warnings.warn(
@@ -744,7 +757,8 @@ class GPTModel(GPTPreTrainedModel):
                 padding on either side or in between changes nothing.
             past_key_values: the cache of the tokens that came before; only the new ones are routed.
             inputs_embeds: (batch, length, n_embd), token embeddings without positions.
-            use_cache: return a cache; never while gradient checkpointing is training. See `GPTConfig.use_cache`.
+            use_cache: return a cache; never while gradient checkpointing is training. By default where a cache is
+                given, else see `GPTConfig.use_cache`.
             output_attentions: return attention weights, which only `eager` attention has.
             output_hidden_states: return the input of every block and the output of the last norm.
             output_router_logits: return the router logits of every MoE layer, (batch * length, n_exp).
@@ -764,7 +778,7 @@ class GPTModel(GPTPreTrainedModel):
             output_attentions = config.output_attentions
         if output_hidden_states is None:
             output_hidden_states = config.output_hidden_states
-        use_cache = self._use_cache(use_cache)
+        use_cache = self._use_cache(use_cache, past_key_values)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache()  # given a configuration, 5.x copies it first
 
@@ -963,7 +977,7 @@ class GPT(GPTPreTrainedModel, GenerationMixin):
         losses = {"ntp_loss": loss.detach()}
         share: float | Tensor = 1.0
         if num_items_in_batch is not None:
-            count = ((targets != IGNORED_LABEL) & (targets != IGNORED_TARGET)).sum().to(loss.device)
+            count = ((targets != IGNORED_LABEL) & (targets != IGNORED_TARGET)).sum().to(loss)
             share = count / torch.as_tensor(num_items_in_batch, device=loss.device)
         for name in AUXILIARY_LOSSES:
             part = auxiliary.get(name)
