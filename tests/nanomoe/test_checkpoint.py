@@ -594,6 +594,9 @@ def test_experts_in_other_layers(path: Path, architecture: Architecture) -> None
     ):
         torch.save(contents(architecture, model_args=arguments(architecture, **change)), path)
         refused(path, f"has experts in {mine[architecture]}, {words}")
+        with pytest.raises(CheckpointError) as caught:
+            load_checkpoint(path)
+        assert "puts them" not in str(caught.value)
 
 
 @EITHER
