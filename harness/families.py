@@ -137,7 +137,7 @@ class Family:
     name: the word used in descriptions and reports.
     features: what the family has; a check whose needs are not among them is skipped. Known words: `logits`, `loss`,
         `causal`, `masks`, `dropout`, `generation`, `checkpoint`, `initialisation`, `parameter_groups`, `taps`,
-        `tied_embeddings`, `learned_positions`, `attentions`, `routing`.
+        `tied_embeddings`, `learned_positions`, `attentions`, `routing`, `legacy_calls`.
     configurations: a Hypothesis strategy of `Fields`, valid by construction, that shrinks to the plainest model.
     original: `module:Class` of the built-in original.
     build_original: (class, fields) -> module in evaluation mode with its default initialisation.

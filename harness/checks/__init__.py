@@ -226,7 +226,7 @@ CATALOGUE: tuple[Check, ...] = (
     Check(id="process.random_numbers", needs=("logits",), examples=1),
     Check(id="api.output_type", needs=("logits",), examples=3),
     Check(id="api.tuple_order", needs=("logits",), examples=3),
-    Check(id="api.legacy_calls", needs=("logits", "loss"), examples=3),
+    Check(id="api.legacy_calls", needs=("legacy_calls", "loss"), examples=3),
     Check(id="api.configured_outputs", needs=("logits",), examples=3),
     Check(id="api.hidden_states", needs=("taps",), examples=4),
     Check(id="api.attentions", needs=("attentions",), examples=4),

@@ -136,8 +136,6 @@ def legacy_calls(trial: Trial, case: Case) -> dict[str, float]:
     Would have caught: `model(X, Y)` whose targets are taken for a mask, so that no loss comes back and no error; an
     output object that unpacks to the names of its fields.
     """
-    if not trial.family.legacy_calls:
-        raise Skip(f"family '{trial.family.name}' declares no calls of the original's scripts")
     pair = prepare(trial, at_least_two_tokens(case))
     tokens, targets = pair.batch.tokens, pair.batch.targets.clone()
     targets[:, 0] = trial.family.loss.ignore_index

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from harness.families import Auxiliary, Family, Fields, LossConvention, RoutedLayer, Routing, Tap
 from reference_models.nanogpt.family import build_original, generate_original, parameter_groups
 from reference_models.nanomoe import closed_forms, native_files
-from reference_models.nanomoe.golden import golden
+from reference_models.nanomoe.golden import bounds, golden
 
 if TYPE_CHECKING:
     import torch
@@ -231,6 +231,7 @@ SHARED: dict[str, Any] = {
     "training_state": native_files.TRAINING_STATE,
     "read_training_state": native_files.read_training_state,
     "golden": golden,
+    "golden_bounds": bounds,
     "tuple_order": ("logits", "loss"),
     "legacy_calls": {
         "model(idx=..., targets=..., return_dict=False)": call_by_upstream_names,
@@ -246,6 +247,7 @@ FEATURES = frozenset(
         "generation",
         "initialisation",
         "learned_positions",
+        "legacy_calls",
         "logits",
         "loss",
         "masks",
