@@ -98,7 +98,7 @@ class GPTConfig(PretrainedConfig):
         train_capacity, eval_capacity: how many times its fair share of slots an expert accepts.
         min_capacity: how many slots an expert accepts at least.
         stride, moe_start_layer: layer i has experts if i >= moe_start_layer and (i + 1) % stride == 0, in the
-            ancestor if i % stride == 0.
+            ancestor if i % stride == 0. stride is 1 by default, in the ancestor 2.
         use_switch_tfm_init: start linear layers and experts from a truncated normal, as the Switch Transformer.
         switch_tfm_init_scale: its variance times the fan-in, before truncation.
         router_use_full_prec: leave autocast off in the router.
@@ -175,7 +175,7 @@ class GPTConfig(PretrainedConfig):
         train_capacity: float = 1.25,
         eval_capacity: float = 2.0,
         min_capacity: int = 4,
-        stride: int = 1,
+        stride: int | None = None,
         moe_start_layer: int = 0,
         use_switch_tfm_init: bool = False,
         switch_tfm_init_scale: float = 1.0,
@@ -197,6 +197,8 @@ class GPTConfig(PretrainedConfig):
         given = locals()
         own = {name: given[name] for name in inspect.signature(GPTConfig.__init__).parameters if name in given}
         del own["self"], own["kwargs"]
+        if stride is None:
+            own["stride"] = 2 if architecture == "ancestor" else 1
         own |= {name: kwargs.pop(alias) for alias, name in self.attribute_map.items() if alias in kwargs}
         self._refuse_unknown(own, kwargs)
         super().__init__(**kwargs)
@@ -219,7 +221,7 @@ class GPTConfig(PretrainedConfig):
         """Whether an evaluation can leave a token without an expert that it chose.
 
         If so, what a token gets depends on every other token of the call: on later ones, on padding and on the rest of
-        the batch. See section 2.9 of the specification, and `use_cache`.
+        the batch. See `use_cache`.
         """
         return bool(self.n_exp > 1 and self.moe_top_k * self.eval_capacity < self.n_exp)
 

@@ -187,11 +187,18 @@ class Attention(nn.Module):
         return self.resid_dropout(output), weights
 
 
+class RMSNorm(nn.LayerNorm):
+    """Root mean square normalisation with a gain; to the Trainer a LayerNorm, whose gain does not decay."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return F.rms_norm(hidden_states, self.normalized_shape, self.weight, self.eps)
+
+
 def norm(config: GPTConfig) -> nn.Module:
     """Return a norm over the width: RMSNorm, in the ancestor LayerNorm."""
     if config.architecture == "ancestor":
         return nn.LayerNorm(config.n_embd, eps=LAYER_NORM_EPSILON, bias=config.bias)
-    return nn.RMSNorm(config.n_embd, eps=RMS_NORM_EPSILON)
+    return RMSNorm(config.n_embd, eps=RMS_NORM_EPSILON, bias=False)
 
 
 class SquaredReLU(nn.Module):
@@ -602,7 +609,7 @@ class GPTPreTrainedModel(PreTrainedModel):
                 continue  # came from a file; only its neighbours are missing
             if name.endswith("bias"):
                 nn.init.zeros_(parameter)
-            elif isinstance(module, nn.LayerNorm | nn.RMSNorm):
+            elif isinstance(module, nn.LayerNorm):
                 nn.init.ones_(parameter)
             elif name == "c_proj" or getattr(module, "ends_residual_branch", False):
                 # The sum of all residual branches starts at one scale, whatever the depth; so do experts, by name.

@@ -17,7 +17,7 @@ from harness.checks import CATALOGUE
 from harness.families import Family
 from harness.golden import verify
 from harness.mutants import Mutant, mutants_of, mutated_source
-from harness.ports import load_object, read_ports
+from harness.ports import load_object
 from harness.routing import watch_layers
 from reference_models.nanogpt.family import FAMILY as NANOGPT
 from reference_models.nanomoe.configuration_nanomoe_gpt import GPTConfig

@@ -195,7 +195,7 @@ def test_golden(path: Path) -> None:
 
 
 def test_routing_table() -> None:
-    """The golden routing vector of the specification, section 2.4."""
+    """The golden routing vector that was measured."""
     router = Router(GPTConfig(n_embd=4, n_head=1, n_exp=4, moe_top_k=2, eval_capacity=0.5, min_capacity=1)).eval()
     with torch.no_grad():
         router.w_g.weight.copy_(torch.eye(4))

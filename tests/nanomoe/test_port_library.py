@@ -61,7 +61,7 @@ def assert_close(a: Tensor, b: Tensor, bound: float = 1e-12) -> None:
 
 
 def assert_initial(model: torch.nn.Module, config: GPTConfig) -> None:
-    """Check the scale of every tensor against section 2.5 of the specification."""
+    """Check the scale of every tensor."""
     switch = 0.88 * (config.switch_tfm_init_scale / config.n_embd) ** 0.5 if config.use_switch_tfm_init else 0.02
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
