@@ -289,14 +289,15 @@ REFUSED: Sequence[Fields] = (
 )
 
 LARGE: Sequence[Fields] = (
-    # Two digits in the numbers of layers and experts, heads wider than 64, more than 256 positions and tokens.
+    # Two digits in the numbers of layers, one of them with experts, and of experts, heads wider than 64, more than 256
+    # positions and tokens.
     {
         "n_layer": 12,
         "n_head": 1,
         "n_embd": 72,
         "n_exp": 12,
         "top_k": 3,
-        "stride": 1,
+        "stride": 11,
         "moe_start_layer": 0,
         "block_size": 300,
         "vocab_size": 300,
