@@ -524,7 +524,7 @@ class MOELayer(nn.Module):
         config = self.config
         if not self.router.is_active:
             return (None,) * len(AUXILIARY_LOSSES)
-        swiglu = self.experts if isinstance(self.experts, Qwen3MLPExperts) else None
+        swiglu = self.experts if config.use_qwen3_moe_mlp else None
         negative = config.router_ortho_neg_corr_weight
         return (
             load_balancing_loss(routing, is_token) if config.use_aux_loss else None,
@@ -545,7 +545,8 @@ class Block(GradientCheckpointingLayer):
         self.ln_1 = norm(config)
         self.attn = Attention(config, layer_idx)
         self.ln_2 = norm(config)
-        self.mlp = MOELayer(config) if config.has_experts(layer_idx) else MLP(config)
+        self.has_experts = config.has_experts(layer_idx)
+        self.mlp = MOELayer(config) if self.has_experts else MLP(config)
 
     def forward(
         self, hidden_states: Tensor, is_token: Tensor | None = None, **kwargs: Any
@@ -557,7 +558,8 @@ class Block(GradientCheckpointingLayer):
         """
         attended, weights = self.attn(self.ln_1(hidden_states), **kwargs)
         hidden_states = hidden_states + attended
-        if isinstance(self.mlp, MLP):
+        # Not by its class: 4.57 runs this file again for a second checkpoint, and the first model's classes are others.
+        if not self.has_experts:
             return hidden_states + self.mlp(self.ln_2(hidden_states)), weights
         output, *others = self.mlp(self.ln_2(hidden_states), is_token)
         return hidden_states + output, weights, *others

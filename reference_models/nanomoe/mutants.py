@@ -324,7 +324,7 @@ LOSSES = (
         "auxiliary losses are means over the layers with experts",
         "routing.auxiliary",
         "            sums = {name: manager.aggregate(name) for name in AUXILIARY_LOSSES}\n",
-        "            sums = {name: manager.aggregate(name) / max(1, sum(isinstance(block.mlp, MOELayer) for block in self.h))\n"
+        "            sums = {name: manager.aggregate(name) / max(1, sum(block.has_experts for block in self.h))\n"
         "                for name in AUXILIARY_LOSSES}\n",
     ),
     _model(

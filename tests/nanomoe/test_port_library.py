@@ -204,7 +204,8 @@ for name in expected:
         base = AutoModel.from_pretrained(directory, trust_remote_code=True)
         assert type(model).__module__.startswith("transformers_modules"), type(model)
         assert type(base).__name__ == "GPTModel"
-        assert torch.equal(model(idx).logits, expected[name])
+        # Not the same bits: another process may have other threads, and weights at other addresses.
+        assert torch.allclose(model(idx).logits, expected[name], rtol=0, atol=1e-5)
         assert model.lm_head.weight is model.transformer.wte.weight
         assert model.generate(idx, max_new_tokens=20, do_sample=False).shape == (2, 27)
         model.train()(input_ids=idx, labels=idx).loss.backward()
@@ -227,7 +228,7 @@ idx, expected = torch.load(reference)
 model = AutoModelForCausalLM.from_pretrained(source)
 assert type(model) is GPT and type(model.config) is GPTConfig
 assert GPT.__module__ == "modeling_nanomoe_gpt"
-assert torch.equal(model(idx).logits, expected)
+assert torch.allclose(model(idx).logits, expected, rtol=0, atol=1e-5)
 logits, loss, losses = model(input_ids=idx, labels=idx, return_dict=False)
 assert MANAGER.aggregate_aux_loss() == 0
 model.save_pretrained(target)
