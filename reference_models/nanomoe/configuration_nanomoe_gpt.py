@@ -207,7 +207,11 @@ class GPTConfig(PretrainedConfig):
         self.validate_architecture()
 
     def _refuse_unknown(self, own: dict[str, Any], kwargs: dict[str, Any]) -> None:
-        """Raise for a keyword that neither nanoMoE nor transformers knows."""
+        """Raise for a keyword that neither nanoMoE nor transformers knows, and for a file of another model."""
+        model_type = kwargs.get("model_type", self.model_type)
+        if model_type != self.model_type:
+            hint = "; GPT.from_pretrained_gpt2 imports it" if model_type == "gpt2" else ""
+            raise ValueError(f"config.json is of a model of type {model_type!r}, expected {self.model_type!r}{hint}")
         known = {*PretrainedConfig().to_dict(), *GenerationConfig().to_dict(), *_GENERIC_KEYS}
         for key in kwargs:
             if key not in known and not key.startswith("_"):

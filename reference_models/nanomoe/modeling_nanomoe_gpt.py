@@ -731,7 +731,9 @@ class GPTModel(GPTPreTrainedModel):
         if use_cache is None:
             by_default = self.config.use_cache if self.config.use_cache is not None else not drops
             use_cache = by_default or past_key_values is not None
-        if use_cache and drops and not self.training and not torch.compiler.is_compiling():
+        if not (use_cache and drops) or self.training or torch.compiler.is_compiling():
+            return use_cache
+        if past_key_values is None or past_key_values.get_seq_length() == 0:  # once for all steps of a generation
             config = self.config
             warnings.warn(
                 f"a cache changes the result where experts can be full: n_exp={config.n_exp}, "
@@ -740,7 +742,7 @@ class GPTModel(GPTPreTrainedModel):
                 f"tokens, or raise eval_capacity to {config.n_exp / config.moe_top_k:g}, where nothing is dropped",
                 stacklevel=2,
             )
-        return use_cache
+        return True
 
     @can_return_tuple
     def forward(
@@ -996,6 +998,19 @@ class GPT(GPTPreTrainedModel, GenerationMixin):
         return loss, losses
 
     # Generation
+
+    def generate(self, inputs: Tensor | None = None, generation_config: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """Continue sequences as every model of the library does.
+
+        Raises:
+            TypeError: upstream's own call, `generate(x, 500)`, which is `generate_legacy` here.
+        """
+        if isinstance(generation_config, int):
+            raise TypeError(
+                f"generate(x, {generation_config}) is a call of nanoMoE before its Hugging Face classes; call "
+                f"generate_legacy(x, {generation_config}), or generate(x, max_new_tokens={generation_config})"
+            )
+        return super().generate(inputs, generation_config, *args, **kwargs)
 
     def _prepare_generation_config(
         self, generation_config: Any, *args: Any, **kwargs: Any

@@ -75,14 +75,20 @@ def test_with_drops_the_default_is_the_originals_tokens(
     assert torch.equal(output[:, 2:], expected[:, :15])
 
 
+def test_the_call_of_upstreams_scripts_says_what_to_call_instead(make_port_model: Make) -> None:
+    with pytest.raises(TypeError, match=r"call generate_legacy\(x, 500\), or generate\(x, max_new_tokens=500\)"):
+        make_port_model().generate(IDX, 500)
+
+
 def test_a_cache_is_used_with_drops_only_where_asked_for(make_port_model: Make) -> None:
     clear = r"n_exp=4, moe_top_k=2 and eval_capacity=0\.75.*use_cache=False.*eval_capacity to 2"
     model = make_port_model(**DROPS)
     lengths = lengths_of_steps(model)
     for how in ({"use_cache": True}, {"cache_implementation": "static"}):
         lengths.clear()
-        with pytest.warns(UserWarning, match=clear):
+        with pytest.warns(UserWarning, match=clear) as warned:
             model.generate(IDX, max_new_tokens=4, **GREEDY, **how)
+        assert sum("a cache changes the result" in str(each.message) for each in warned) == 1
         assert lengths == [7, 1, 1, 1]
     with pytest.warns(UserWarning, match=clear):
         past = model(IDX, use_cache=True).past_key_values

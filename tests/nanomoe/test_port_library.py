@@ -347,6 +347,12 @@ def test_gpt2_is_refused_where_it_is_not(
     assert "\n" not in str(raised.value)
 
 
+def test_a_gpt2_is_no_checkpoint_of_this_model(tmp_path: Path) -> None:
+    GPT2LMHeadModel(GPT2Config(n_positions=8, vocab_size=11, n_layer=2, n_head=2, n_embd=16)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"'gpt2', expected 'nanomoe_gpt'; GPT\.from_pretrained_gpt2 imports it"):
+        GPT.from_pretrained(tmp_path)
+
+
 # Configuration
 
 
