@@ -63,10 +63,11 @@ def watch_layers(
     seen = {layer.layer.name: Seen() for layer in layers}
     with contextlib.ExitStack() as hooks:
 
-        def watch(path: str, hook: Callable[[Any, Any], None]) -> None:
+        def watch(path: str, see: Callable[[Any, Any], None]) -> None:
             with contextlib.suppress(AttributeError):  # a port may have no such module
                 place = module.get_submodule(path)
-                hooks.callback(place.register_forward_hook(lambda _, given, value: hook(given, value)).remove)
+                hook = lambda _, args, kwargs, value: see((*args, *kwargs.values()), value)  # noqa: E731
+                hooks.callback(place.register_forward_hook(hook, with_kwargs=True).remove)
 
         for layer in layers:
             there = seen[layer.layer.name]
@@ -78,7 +79,8 @@ def watch_layers(
 
 
 def _see_layer(seen: Seen, given: Any, value: Any) -> None:
-    seen.inputs, seen.outputs = _by_token(next(iter(given), None)), _by_token(_first(value))
+    floats = (value for value in given if isinstance(value, torch.Tensor) and value.is_floating_point())
+    seen.inputs, seen.outputs = _by_token(next(floats, None)), _by_token(_first(value))
 
 
 def _see_logits(seen: Seen, given: Any, value: Any) -> None:

@@ -171,3 +171,10 @@ def test_rows_and_tokens_in_one_axis_are_the_same_tensor() -> None:
     flat = torch.arange(24.0).reshape(6, 4)
     assert like(flat, torch.zeros(2, 3, 4)).shape == (2, 3, 4)
     assert like(flat, torch.zeros(3, 8)).shape == (6, 4)
+
+
+def test_what_a_layer_is_given_by_keyword_is_seen_too() -> None:
+    model = nn.Sequential(Layer())
+    x = torch.randn(2, 8, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    _, seen = watch_layers(model, LAYERS, "port", lambda: model[0](x=x))
+    assert torch.equal(seen["one"].inputs, x)  # type: ignore[arg-type]
