@@ -23,6 +23,7 @@ from harness.routes import carry
 from harness.routes.pretrained import load, save
 from harness.trial import (
     Trial,
+    call_port,
     copied,
     draw,
     original_model,
@@ -99,12 +100,17 @@ def options(trial: Trial, case: Case) -> dict[str, float]:
 def copies(trial: Trial, case: Case) -> dict[str, float]:
     """A pickled and a deep copy of the port compute the same bits, keep its ties, and share no tensor with it.
 
-    So do processes started for several GPUs, and copies whose weights are averaged. Would have caught: a lambda kept
-    in an attribute, which cannot be pickled; a copy whose head is its own.
+    So do processes started for several GPUs, and copies whose weights are averaged in the middle of training. Would
+    have caught: a lambda kept in an attribute, which cannot be pickled; a copy whose head is its own; a tensor with its
+    graph that is kept from the last forward, which cannot be copied.
     """
     pair = prepare(trial, case)
     expected = port_logits(trial, pair.port, pair.batch.tokens)
-    copies = {"deep": copied(pair.port)}
+    call_port(trial, pair.port, pair.batch.tokens)  # with a graph, of which nothing may be left behind
+    try:
+        copies = {"deep": copied(pair.port)}
+    except RuntimeError as error:
+        raise Mismatch(f"the model cannot be copied after a forward with gradients: {first_line(error)}") from error
     try:
         copies["pickled"] = pickle.loads(pickle.dumps(pair.port))
     except Exception as error:  # pickling fails in many ways

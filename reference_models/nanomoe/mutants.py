@@ -556,7 +556,9 @@ EXISTING_PORT = (
         "under autocast the sum of experts' outputs and their weights have two dtypes that cannot be added",
         "precision.logits",
         "return output.new_zeros(routing.keep.numel(), output.shape[1]).index_copy(0, order, output), gate_output",
-        "return tokens.new_zeros(routing.keep.numel(), output.shape[1]).index_copy(0, order, output), gate_output",
+        "place = order.unsqueeze(-1).expand_as(output)\n"
+        "        empty = tokens.new_zeros(routing.keep.numel(), output.shape[1])\n"
+        "        return empty.scatter(0, place, output), gate_output",
     ),
     _model(
         "a-23-no-gradient-checkpointing",
