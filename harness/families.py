@@ -159,7 +159,7 @@ class Family:
         are.
     routing: how a family with experts chooses them.
     tuple_order: the outputs of the original's forward, in order. A port's tuple for return_dict=False may have it
-        instead of the library's, which has the loss first.
+        instead of the library's, which has the loss first. What `run_original` does not give has to be there only.
     legacy_calls: how scripts written for the original call it -> such a call: (model, tokens, targets) -> outputs in
         `tuple_order`. They work on a port too.
     port_key: (original's state-dict key) -> the port's key.

@@ -18,7 +18,7 @@ from harness.checks.generation import continues, prompted
 from harness.checks.loss import at_least_two_tokens, loss_of, original_targets, port_labels, training_loss
 from harness.checks.masks import padded_batch, unpadded_logits
 from harness.checks.precision import pairs
-from harness.checks.training import port_gradients, same_spread, same_tensors
+from harness.checks.training import original_gradients, port_gradients, rows_alone, same_spread, same_tensors
 from harness.errors import Mismatch, Skip
 from harness.families import Decision, RoutedLayer, Routing
 from harness.numerics import FLOAT32_INSIDE_BOUND, SEMANTICS_BOUND, relative_error, require_calibrated
@@ -31,6 +31,7 @@ from harness.trial import (
     require_semantics,
     run_original,
     run_port,
+    takes,
     worst,
 )
 
@@ -44,8 +45,9 @@ ASIDE = 0.2
 def logits(trial: Trial, case: Case) -> dict[str, float]:
     """The router logits of every routed layer equal the original's, and the same layers have experts.
 
-    Would have caught: experts in every layer where the original has them in every second one, or in the other half; a
-    router that reads its input before the norm.
+    What forward gives for output_router_logits, where it takes that, are these. Would have caught: experts in every
+    layer where the original has them in every second one, or in the other half; a router that reads its input before
+    the norm; probabilities given out as logits.
     """
     pair = prepare(trial, case)
     layers = routed_layers(trial, case)
@@ -62,7 +64,28 @@ def logits(trial: Trial, case: Case) -> dict[str, float]:
         numbers.append(require_semantics(trial, what, actual.cpu(), expected.cpu(), first_divergence=name))
     if not numbers:
         raise Skip(f"the port has no module {layers[0].logits.port} whose output could be read")
-    return {**worst(*numbers), "layers": float(len(numbers))}
+    numbers.append(_given_out(trial, pair, layers, theirs))
+    return {**worst(*numbers), "layers": float(len(numbers) - 1)}
+
+
+def _given_out(trial: Trial, pair: Pair, layers: Any, theirs: Mapping[str, Seen]) -> dict[str, float]:
+    """Compares the router_logits of a port's output, (tokens, experts) for each routed layer, with the original's."""
+    if not takes(pair.port, "output_router_logits"):
+        return {}
+    found = run_port(trial, pair.port, pair.batch.tokens, output_router_logits=True).get("router_logits")
+    given = [value for value in found or () if isinstance(value, torch.Tensor)]
+    if len(given) != len(layers):
+        raise Mismatch(
+            f"output_router_logits=True gives router_logits of {len(given)} layers, expected {len(layers)}, one for"
+            " each layer with experts"
+        )
+    numbers = []
+    for layer, actual in zip(layers, given, strict=True):
+        expected = theirs[layer.layer.name].logits
+        assert expected is not None  # the caller made sure
+        actual = actual.detach().cpu().reshape(-1, actual.shape[-1])
+        numbers.append(require_semantics(trial, f"router_logits given out of {layer.layer.name}", actual, expected))
+    return worst(*numbers)
 
 
 def choices(trial: Trial, case: Case) -> dict[str, float]:
@@ -158,9 +181,10 @@ def _one_term(trial: Trial, case: Case, name: str) -> dict[str, float]:
 def noise(trial: Trial, case: Case) -> dict[str, float]:
     """Noise in the choice is there when the original's is, and spreads logits as far as the original's.
 
-    In training it follows the original's under one seed, and so does the loss with all its terms; or else in mean and
-    variance. In evaluation two calls are the same bits where the original's are. Would have caught: noise in
-    evaluation, noise that is never there, a standard deviation without its softplus, a term that leaves the noise out.
+    In training it follows the original's under one seed, and so do the loss with all its terms and its gradient; or
+    else in mean and variance. In evaluation two calls are the same bits where the original's are. Would have caught:
+    noise in evaluation, noise that is never there, a standard deviation without its softplus or one that is never
+    trained, a term that leaves the noise out.
     """
     routing = routing_of(trial)
     routed_layers(trial, case)
@@ -182,6 +206,10 @@ def noise(trial: Trial, case: Case) -> dict[str, float]:
             theirs = [run_original(trial, pair.original, tokens, targets) for _ in range(2)]
             torch.manual_seed(case.seed)
             ours = [run_port(trial, pair.port, tokens, labels=labels) for _ in range(2)]
+            torch.manual_seed(case.seed)
+            gradients = original_gradients(trial, pair.original, tokens, targets)
+            torch.manual_seed(case.seed)
+            actual_gradients = port_gradients(trial, pair, labels)
         (actual, again), (expected, other) = ([each["logits"] for each in pairs] for pairs in (ours, theirs))
         what = f"with {_listed(routing.noise)}"
         if torch.equal(expected, other):
@@ -193,6 +221,7 @@ def noise(trial: Trial, case: Case) -> dict[str, float]:
             numbers.append(same_spread(trial, pair, what))
             continue
         numbers.append(require_semantics(trial, f"loss {what}", ours[0]["loss"], theirs[0]["loss"]))
+        numbers.append(same_tensors(trial, case, f"gradient {what}", actual_gradients, gradients))
     return worst({}, *numbers)
 
 
@@ -241,11 +270,13 @@ def variance(trial: Trial, case: Case) -> dict[str, float]:
 def padding(trial: Trial, case: Case) -> dict[str, float]:
     """Padding takes no room from real tokens: a padded row gets the logits that the original gives it alone.
 
-    Also where room is short, as far as a row alone can tell. Would have caught: pads that are routed, or counted in
-    what the capacity is computed from.
+    In training, with all auxiliary losses, it gets that row's gradient too. Several rows with too little room go where
+    the original's layer sends their tokens in one row without the padding. Would have caught: pads that are routed, or
+    counted in what the capacity is computed from, in training alone too; a capacity from the longest row; an auxiliary
+    loss that is a mean over pads as well.
     """
-    case = dataclasses.replace(case, rows=1)
-    routed_layers(trial, case)
+    case = dataclasses.replace(at_least_two_tokens(case), rows=1)
+    layers = routed_layers(trial, case)
     pair = prepare(trial, case)
     numbers = []
     for side in ("right", "left"):
@@ -254,18 +285,49 @@ def padding(trial: Trial, case: Case) -> dict[str, float]:
         expected = unpadded_logits(trial, pair.original, padded)
         what = f"logits of a {side}-padded row against the row alone"
         numbers.append(require_semantics(trial, what, actual, expected))
+    routing = routing_of(trial)
+    together = dataclasses.replace(case, fields=routing.crowded(case.fields), rows=3)
+    pair = prepare(trial, together)
+    padded = padded_batch(trial, together, pair, "left")
+    for way in (pair, _in_training(pair)):
+        numbers.append(_same_choices(trial, together, way, layers, padded.tokens, padded.mask))
+    if "loss" in trial.family.features:
+        numbers.append(
+            _padded_gradient(trial, dataclasses.replace(case, fields={**case.fields, **_all_terms(routing)}))
+        )
     return worst(*numbers)
 
 
-def generation(trial: Trial, case: Case) -> dict[str, float]:
-    """Without a cache, generation equals the original's where room is short too, past the longest position as well.
+def _padded_gradient(trial: Trial, case: Case) -> dict[str, float]:
+    """Compares the gradient of one padded row, in training, with the original's of the row alone."""
+    pair = _in_training(prepare(trial, case))
+    padded = padded_batch(trial, case, pair, "left")
+    labels, expected = rows_alone(trial, pair, padded)
+    given = dataclasses.replace(pair, batch=dataclasses.replace(pair.batch, tokens=padded.tokens))
+    actual = port_gradients(trial, given, labels, attention_mask=padded.mask.long())
+    what = "gradient of a left-padded row with all auxiliary losses, against the row alone"
+    return same_tensors(trial, case, what, actual, expected)
 
-    With a cache tokens compete with the new ones alone, so that nothing is asked of it here. Would have caught: a
-    capacity from the prompt that is kept for all steps.
+
+def generation(trial: Trial, case: Case) -> dict[str, float]:
+    """By default and without a cache generation equals the original's where room is short too.
+
+    With a cache tokens compete with the new ones alone, so that nothing is asked of it here: only that nobody has one
+    there who did not ask for it. Would have caught: a capacity from the prompt that is kept for all steps, a cache by
+    default where it changes the tokens.
     """
     routed_layers(trial, case)
     pair, prompt, count = prompted(trial, case)
-    return continues(trial, pair, prompt, min(count, 8), use_cache=False)
+    numbers = continues(trial, pair, prompt, min(count, 8), use_cache=False)
+    try:
+        return worst(numbers, continues(trial, pair, prompt, min(count, 8)))
+    except Mismatch as error:
+        raise Mismatch(
+            f"{error}; with use_cache=False they are the original's: where an expert can be full, a cache is for those"
+            " who ask for it",
+            metrics=error.metrics,
+            tensors=error.tensors,
+        ) from error
 
 
 def purity(trial: Trial, case: Case) -> dict[str, float]:
@@ -383,15 +445,27 @@ def _both(trial: Trial, pair: Pair, layers: Any) -> tuple[dict[str, Seen], dict[
     return ours, theirs
 
 
-def _same_choices(trial: Trial, case: Case, pair: Pair, layers: Any, tokens: torch.Tensor) -> dict[str, float]:
-    """Compares, layer by layer, on what the port's layer was given, where its tokens went."""
-    _, ours = watch_layers(pair.port, layers, "port", lambda: port_logits(trial, pair.port, tokens))
+def _same_choices(
+    trial: Trial, case: Case, pair: Pair, layers: Any, tokens: torch.Tensor, mask: torch.Tensor | None = None
+) -> dict[str, float]:
+    """Compares, layer by layer, on what the port's layer was given, where its tokens went.
+
+    mask: bool (rows, tokens), false for padding, which the original is not given.
+    """
+    options = {} if mask is None else {"attention_mask": mask.long()}
+    _, ours = watch_layers(pair.port, layers, "port", lambda: port_logits(trial, pair.port, tokens, **options))
     numbers = []
     for layer in layers:
         seen = ours[layer.layer.name]
         if seen.inputs is None or seen.outputs is None:
             continue
-        numbers.append(_same_in_layer(trial, case, pair, layer, seen, tokens))
+        given = tokens
+        if mask is not None:
+            real = mask.flatten()
+            # What a router says of padding is its own affair.
+            seen = Seen(inputs=seen.inputs.cpu()[real], outputs=seen.outputs.cpu()[real])
+            given = tokens[mask][None]
+        numbers.append(_same_in_layer(trial, case, pair, layer, seen, given))
     if not numbers:
         raise Skip(f"the port has no module {layers[0].layer.port} that it runs")
     return worst(*numbers)

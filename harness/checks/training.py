@@ -76,7 +76,7 @@ def gradients_masked(trial: Trial, case: Case) -> dict[str, float]:
     numbers = []
     for side in ("left", "right"):
         padded = padded_batch(trial, case, pair, side)
-        labels, expected = _rows_alone(trial, pair, padded)
+        labels, expected = rows_alone(trial, pair, padded)
         for attention in each_attention(pair.port):
             pair.port.zero_grad()
             mask = padded.mask.long()
@@ -93,7 +93,7 @@ def _training_pair(trial: Trial, case: Case) -> Pair:
     return pair
 
 
-def _rows_alone(trial: Trial, pair: Pair, padded: Padded) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def rows_alone(trial: Trial, pair: Pair, padded: Padded) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Labels of a padded batch, padding ignored, and the original's gradients of the same loss, row by row."""
     ignored = trial.port.ignored_label
     labels = port_labels(trial, padded.tokens, padded.tokens).masked_fill(~padded.mask, ignored)
@@ -351,7 +351,9 @@ def _returns_cache(trial: Trial, pair: Pair) -> bool:
 def micro_batches(trial: Trial, case: Case) -> dict[str, float]:
     """Gradients of micro-batches, given the number of labels in the whole batch, add up to those of the batch.
 
-    Would have caught: `num_items_in_batch` accepted and ignored, which scales the loss by the number of micro-batches.
+    With experts, three copies of one batch add up to its own gradient, auxiliary losses included. Would have caught:
+    `num_items_in_batch` accepted and ignored, which scales the loss by the number of micro-batches; auxiliary losses
+    that every micro-batch adds as a whole.
     """
     case = dataclasses.replace(at_least_two_tokens(case), rows=3)
     pair = prepare(trial, case)
@@ -374,7 +376,22 @@ def micro_batches(trial: Trial, case: Case) -> dict[str, float]:
             training_loss(trial, pair.port, tokens, labels[part], num_items_in_batch=count).backward()
         what = f"gradient of three micro-batches with num_items_in_batch ({type(count).__name__})"
         numbers.append(equal_tensors(trial, what, _collected(pair.port), whole))
-    return worst(*numbers)
+    return worst(*numbers, _copies_add_up(trial, case, labels, total))
+
+
+def _copies_add_up(trial: Trial, case: Case, labels: torch.Tensor, total: int) -> dict[str, float]:
+    """Compares the gradient of a batch, in training with all auxiliary losses, with that of its copies together."""
+    routing = trial.family.routing
+    if routing is None or not routing.layers(case.fields):
+        return {}
+    terms = {name: value for term in routing.auxiliary for name, value in term.on.items()}
+    pair = _training_pair(trial, dataclasses.replace(case, fields={**case.fields, **terms}))
+    whole = port_gradients(trial, pair, labels)
+    pair.port.zero_grad()
+    for _ in range(3):
+        training_loss(trial, pair.port, pair.batch.tokens, labels, num_items_in_batch=3 * total).backward()
+    what = "gradient of three copies of a batch with num_items_in_batch and all auxiliary losses"
+    return equal_tensors(trial, what, _collected(pair.port), whole)
 
 
 def parameter_groups(trial: Trial, case: Case) -> dict[str, float]:

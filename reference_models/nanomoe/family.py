@@ -232,7 +232,7 @@ SHARED: dict[str, Any] = {
     "read_training_state": native_files.read_training_state,
     "golden": golden,
     "golden_bounds": bounds,
-    "tuple_order": ("logits", "loss"),
+    "tuple_order": ("logits", "loss", "losses"),
     "legacy_calls": {
         "model(idx=..., targets=..., return_dict=False)": call_by_upstream_names,
         "model(X, Y)": call_by_position,

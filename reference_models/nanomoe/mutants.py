@@ -576,6 +576,118 @@ EXISTING_PORT = (
     ),
 )
 
+AT_THE_EDGES = (
+    _model(
+        "cache-by-default",
+        "generate() uses a cache by default where an expert can be full",
+        "routing.generation",
+        "asked if asked is not None else not self.config.capacity_can_drop",
+        "asked if asked is not None else True",
+    ),
+    _config(
+        "can-drop-in-training",
+        "whether an expert can be full is asked of the capacity of training",
+        "routing.generation",
+        "self.moe_top_k * self.eval_capacity < self.n_exp",
+        "self.moe_top_k * self.train_capacity < self.n_exp",
+    ),
+    _model(
+        "noise-untrained",
+        "the size of the noise gets no gradient",
+        "routing.noise",
+        "F.softplus(self.w_noise(tokens)) *",
+        "F.softplus(self.w_noise(tokens)).detach() *",
+    ),
+    _model(
+        "losses-over-pads",
+        "auxiliary losses are means over padding too",
+        "routing.padding",
+        "*self._losses(routing, is_token, gate_output)",
+        "*self._losses(routing, None, gate_output)",
+    ),
+    _model(
+        "pads-take-room-in-training",
+        "padding is counted in the capacity of training",
+        "routing.padding",
+        "self._capacity(len(tokens) if is_token is None else is_token.sum())",
+        "self._capacity(len(tokens) if is_token is None or self.training else is_token.sum())",
+    ),
+    _model(
+        "capacity-of-the-longest-row",
+        "with padding the capacity is computed from as many rows as long as the longest",
+        "routing.padding",
+        "        routing: Routing = self.router(tokens, is_token)\n",
+        "        routing: Routing = self.router(tokens, is_token)\n"
+        "        if is_token is not None:\n"
+        "            longest = is_token.view(hidden_states.shape[:2]).sum(1).max() * len(hidden_states)\n"
+        "            room = self.router._capacity(longest)\n"
+        "            routing = routing._replace(capacity=room, keep=routing.ranks < room)\n",
+    ),
+    _model(
+        "masked-capacity-least-forgotten",
+        "with padding there is no least capacity",
+        "routing.padding",
+        "(share + share % 2).clamp(min=config.min_capacity)",
+        "(share + share % 2)",
+    ),
+    _model(
+        "router-logits-softmaxed",
+        "output_router_logits gives probabilities",
+        "routing.logits",
+        "router_logits=all_router_logits if",
+        "router_logits=tuple(x.softmax(-1) for x in all_router_logits) if",
+    ),
+    _model(
+        "router-logits-never",
+        "output_router_logits is accepted and ignored",
+        "routing.logits",
+        "router_logits=all_router_logits if output_router_logits else None",
+        "router_logits=None",
+    ),
+    _model(
+        "triple-is-a-pair",
+        "upstream's calls give two values where its scripts unpack three",
+        "api.legacy_calls",
+        "            return output.logits, output.loss, output.losses\n",
+        "            return output.logits, output.loss\n",
+    ),
+    _model(
+        "losses-whole-in-micro-batches",
+        "every micro-batch adds the auxiliary losses as a whole",
+        "training.micro_batches",
+        "            share = count / torch.as_tensor(num_items_in_batch, device=loss.device)\n",
+        "            share = 1.0\n",
+    ),
+    _model(
+        "compiled-drops-kept",
+        "compiled, a dropped slot gets what another row got",
+        "backend.compiled",
+        ".masked_fill(~keep.unsqueeze(-1), 0), gate_output",
+        ", gate_output",
+    ),
+    _model(
+        "compiled-experts-swapped",
+        "compiled, every expert computes the rows of another",
+        "backend.compiled",
+        "self.dropout(self.experts(rows, padded_linear))",
+        "self.dropout(self.experts(rows.flip(0), padded_linear))",
+    ),
+    _model(
+        "expert-fan-out",
+        "the Switch Transformer's start of experts takes the width of what they give",
+        "training.initialisation",
+        "parameter.shape[-2 if parameter.ndim == 3 else -1]",
+        "parameter.shape[-1]",
+    ),
+    _model(
+        "switch-scale-ignored",
+        "switch_tfm_init_scale changes nothing",
+        "training.initialisation",
+        "(self.config.switch_tfm_init_scale / fan_in)",
+        "(1.0 / fan_in)",
+    ),
+)
+
 HARMLESS = (
     _model(
         "harmless-experts-one-by-one",
@@ -593,4 +705,4 @@ HARMLESS = (
     ),
 )
 
-MUTANTS = (*CHOICES, *QUEUES, *PLACES, *EXPERTS, *LOSSES, *EXISTING_PORT, *HARMLESS)
+MUTANTS = (*CHOICES, *QUEUES, *PLACES, *EXPERTS, *LOSSES, *EXISTING_PORT, *AT_THE_EDGES, *HARMLESS)
