@@ -471,14 +471,14 @@ def _tensor_left_over(trial: Trial, case: Case, original: torch.nn.Module, plain
     path = _rewritten(plain, original, lambda tensors: tensors.update({left: tensors[name].clone()}))
     if trial.port.loader == "command":
         return  # what a program says of it cannot be told
-    with _said() as messages:
+    with said() as messages:
         error = _refusal(trial, path)
     if error is None and not any(left in message for message in messages):
         raise Mismatch(f"the converter says nothing of the tensor {left}, which is no part of the model")
 
 
 @contextlib.contextmanager
-def _said() -> Iterator[list[str]]:
+def said() -> Iterator[list[str]]:
     """What is warned and logged, inside, whichever logger or filter is in force."""
     messages: list[str] = []
     factory, disabled = logging.getLogRecordFactory(), logging.root.manager.disable

@@ -577,13 +577,6 @@ EXISTING_PORT = (
 )
 
 AT_THE_EDGES = (
-    _model(
-        "cache-by-default",
-        "generate() uses a cache by default where an expert can be full",
-        "routing.generation",
-        "asked if asked is not None else not self.config.capacity_can_drop",
-        "asked if asked is not None else True",
-    ),
     _config(
         "can-drop-in-training",
         "whether an expert can be full is asked of the capacity of training",
