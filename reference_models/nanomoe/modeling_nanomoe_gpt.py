@@ -735,11 +735,12 @@ class GPTModel(GPTPreTrainedModel):
             return use_cache
         if past_key_values is None or past_key_values.get_seq_length() == 0:  # once for all steps of a generation
             config = self.config
+            enough = math.ceil(100 * config.n_exp / config.moe_top_k) / 100  # a rounded quotient may be too little
             warnings.warn(
                 f"a cache changes the result where experts can be full: n_exp={config.n_exp}, "
                 f"moe_top_k={config.moe_top_k} and eval_capacity={config.eval_capacity} share out the slots of each "
                 f"call, and a step with a cache sees its new tokens only; give use_cache=False for the original's "
-                f"tokens, or raise eval_capacity to {config.n_exp / config.moe_top_k:g}, where nothing is dropped",
+                f"tokens, or raise eval_capacity to {enough:g}, where nothing is dropped",
                 stacklevel=2,
             )
         return True

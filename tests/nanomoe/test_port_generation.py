@@ -75,6 +75,13 @@ def test_with_drops_the_default_is_the_originals_tokens(
     assert torch.equal(output[:, 2:], expected[:, :15])
 
 
+def test_the_capacity_that_is_advised_drops_nothing(make_port_model: Make) -> None:
+    model = make_port_model(**DROPS | {"top_k": 3})
+    with pytest.warns(UserWarning, match=r"eval_capacity to 1\.34"):
+        model(IDX, use_cache=True)
+    assert not make_port_model(**DROPS | {"top_k": 3, "eval_capacity": 1.34}).config.capacity_can_drop
+
+
 def test_the_call_of_upstreams_scripts_says_what_to_call_instead(make_port_model: Make) -> None:
     with pytest.raises(TypeError, match=r"call generate_legacy\(x, 500\), or generate\(x, max_new_tokens=500\)"):
         make_port_model().generate(IDX, 500)
