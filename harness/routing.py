@@ -45,6 +45,11 @@ def routing_of(trial: Trial) -> Routing:
     return trial.family.routing
 
 
+def all_terms(routing: Routing) -> dict[str, Any]:
+    """Overrides of a configuration that switch every auxiliary loss on."""
+    return {name: value for term in routing.auxiliary for name, value in term.on.items()}
+
+
 def routed_layers(trial: Trial, case: Case) -> Sequence[RoutedLayer]:
     """The routed layers of a case's model. Raises Skip where it has none."""
     layers = routing_of(trial).layers(case.fields)

@@ -21,9 +21,19 @@ from harness.checks.precision import pairs
 from harness.checks.training import original_gradients, port_gradients, rows_alone, same_spread, same_tensors
 from harness.checks.weights import said
 from harness.errors import Mismatch, Skip
-from harness.families import Decision, RoutedLayer, Routing
+from harness.families import Decision, RoutedLayer
 from harness.numerics import FLOAT32_INSIDE_BOUND, SEMANTICS_BOUND, relative_error, require_calibrated
-from harness.routing import Seen, combined, deciding_as, mixture, observed, routed_layers, routing_of, watch_layers
+from harness.routing import (
+    Seen,
+    all_terms,
+    combined,
+    deciding_as,
+    mixture,
+    observed,
+    routed_layers,
+    routing_of,
+    watch_layers,
+)
 from harness.trial import (
     Pair,
     Trial,
@@ -192,7 +202,7 @@ def noise(trial: Trial, case: Case) -> dict[str, float]:
     if not routing.noise:
         raise Skip(f"family '{trial.family.name}' has no noise in its choice")
     independent = trial.family.independent or dict
-    fields = {**independent(case.fields), **_all_terms(routing), **routing.noise}
+    fields = {**independent(case.fields), **all_terms(routing), **routing.noise}
     case = dataclasses.replace(case, fields=fields, rows=1, tokens=max(2, min(case.tokens, 6)))
     pair = prepare(trial, case)
     tokens = pair.batch.tokens
@@ -224,11 +234,6 @@ def noise(trial: Trial, case: Case) -> dict[str, float]:
         numbers.append(require_semantics(trial, f"loss {what}", ours[0]["loss"], theirs[0]["loss"]))
         numbers.append(same_tensors(trial, case, f"gradient {what}", actual_gradients, gradients))
     return worst({}, *numbers)
-
-
-def _all_terms(routing: Routing) -> dict[str, Any]:
-    """Overrides that switch every auxiliary loss on."""
-    return {name: value for term in routing.auxiliary for name, value in term.on.items()}
 
 
 def _listed(fields: Mapping[str, Any]) -> str:
@@ -293,9 +298,7 @@ def padding(trial: Trial, case: Case) -> dict[str, float]:
     for way in (pair, _in_training(pair)):
         numbers.append(_same_choices(trial, together, way, layers, padded.tokens, padded.mask))
     if "loss" in trial.family.features:
-        numbers.append(
-            _padded_gradient(trial, dataclasses.replace(case, fields={**case.fields, **_all_terms(routing)}))
-        )
+        numbers.append(_padded_gradient(trial, dataclasses.replace(case, fields={**case.fields, **all_terms(routing)})))
     return worst(*numbers)
 
 
@@ -341,7 +344,7 @@ def purity(trial: Trial, case: Case) -> dict[str, float]:
     """
     routing = routing_of(trial)
     routed_layers(trial, case)
-    case = dataclasses.replace(at_least_two_tokens(case), fields={**case.fields, **_all_terms(routing)})
+    case = dataclasses.replace(at_least_two_tokens(case), fields={**case.fields, **all_terms(routing)})
     pair = prepare(trial, case)
     tokens = pair.batch.tokens
     labels = port_labels(trial, tokens, pair.batch.targets)

@@ -21,6 +21,7 @@ from harness.errors import Mismatch, Skip
 from harness.families import taps_of
 from harness.layout import layout_of
 from harness.numerics import FLOAT32_GRADIENT_BOUND, SEMANTICS_BOUND, relative_error, require_shape
+from harness.routing import all_terms
 from harness.trial import (
     Pair,
     Trial,
@@ -384,8 +385,7 @@ def _copies_add_up(trial: Trial, case: Case, labels: torch.Tensor, total: int) -
     routing = trial.family.routing
     if routing is None or not routing.layers(case.fields):
         return {}
-    terms = {name: value for term in routing.auxiliary for name, value in term.on.items()}
-    pair = _training_pair(trial, dataclasses.replace(case, fields={**case.fields, **terms}))
+    pair = _training_pair(trial, dataclasses.replace(case, fields={**case.fields, **all_terms(routing)}))
     whole = port_gradients(trial, pair, labels)
     pair.port.zero_grad()
     for _ in range(3):
