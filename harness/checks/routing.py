@@ -18,10 +18,18 @@ from harness.checks.generation import continues, prompted
 from harness.checks.loss import at_least_two_tokens, loss_of, original_targets, port_labels, training_loss
 from harness.checks.masks import padded_batch, unpadded_logits
 from harness.checks.precision import pairs
-from harness.checks.training import original_gradients, port_gradients, rows_alone, same_spread, same_tensors
+from harness.checks.training import (
+    collected,
+    in_training,
+    original_gradients,
+    port_gradients,
+    rows_alone,
+    same_spread,
+    same_tensors,
+)
 from harness.checks.weights import said
 from harness.errors import Mismatch, Skip
-from harness.families import Decision, RoutedLayer
+from harness.families import Auxiliary, Decision, RoutedLayer
 from harness.numerics import FLOAT32_INSIDE_BOUND, SEMANTICS_BOUND, relative_error, require_calibrated
 from harness.routing import (
     Seen,
@@ -110,7 +118,7 @@ def choices(trial: Trial, case: Case) -> dict[str, float]:
     pair = prepare(trial, case)
     layers = routed_layers(trial, case)
     numbers = [_same_choices(trial, case, pair, layers, pair.batch.tokens)]
-    numbers.append(_same_choices(trial, case, _in_training(pair), layers, pair.batch.tokens))
+    numbers.append(_same_choices(trial, case, in_training(pair), layers, pair.batch.tokens))
     return worst(*numbers)
 
 
@@ -130,10 +138,8 @@ def capacity(trial: Trial, case: Case) -> dict[str, float]:
         width = next(width for width in range(min(maximum, count), 0, -1) if count % width == 0)
         size = {"vocabulary": case.fields[trial.family.vocabulary], "seed": case.seed}
         tokens = draw_batch(rows=count // width, tokens=width, **size).tokens
-        for way in (pair, _in_training(pair)):
-            numbers.append(_same_choices(trial, case, way, layers, tokens))
-        pair.port.eval()
-        pair.original.eval()
+        for training in (False, True):
+            numbers.append(_same_choices(trial, case, in_training(pair, training), layers, tokens))
     return worst(*numbers)
 
 
@@ -152,40 +158,34 @@ def auxiliary(trial: Trial, case: Case) -> dict[str, float]:
     case = at_least_two_tokens(case)
     for term in routing.auxiliary:
         fields = {**case.fields, **routing.quiet, **term.on}
-        numbers.append(_one_term(trial, dataclasses.replace(case, fields=fields), term.name))
+        numbers.append(_one_term(trial, dataclasses.replace(case, fields=fields), term))
     return worst(*numbers)
 
 
-def _one_term(trial: Trial, case: Case, name: str) -> dict[str, float]:
+def _one_term(trial: Trial, case: Case, term: Auxiliary) -> dict[str, float]:
     routing = routing_of(trial)
-    closed_form = next(term.closed_form for term in routing.auxiliary if term.name == name)
     pair = prepare(trial, case)
     layers = routed_layers(trial, case)
     labels = port_labels(trial, pair.batch.tokens, pair.batch.targets)
     targets = original_targets(trial, labels)
     numbers = []
     for training in (True, False):
-        pair.original.train(training)
-        pair.port.train(training)
+        in_training(pair, training)
         run = functools.partial(trial.family.run_original, pair.original, pair.batch.tokens, targets)
         output, seen = watch_layers(pair.original, layers, "original", run)
         flat = output["logits"].flatten(0, 1), targets.flatten()
         expected = functional.cross_entropy(*flat, ignore_index=trial.family.loss.ignore_index)
         if training or routing.auxiliary_in_evaluation:
-            expected = expected + closed_form(case.fields, observed(pair.original, layers, seen))
+            expected = expected + term.closed_form(case.fields, observed(pair.original, layers, seen))
         mode = "training" if training else "evaluation"
-        what = f"loss with {name} alone, in {mode}"
+        what = f"loss with {term.name} alone, in {mode}"
         actual = training_loss(trial, pair.port, pair.batch.tokens, labels).detach().cpu()
         numbers.append(require_semantics(trial, what, actual, expected.detach()))
         if training:
-            named = dict(pair.original.named_parameters())
-            found = torch.autograd.grad(expected, list(named.values()), allow_unused=True)
-            gradients = {
-                key: torch.zeros_like(named[key]) if gradient is None else gradient
-                for key, gradient in zip(named, found, strict=True)
-            }
+            expected.backward()
+            what = f"gradient with {term.name} alone"
             actual_gradients = port_gradients(trial, pair, labels)
-            numbers.append(same_tensors(trial, case, f"gradient with {name} alone", actual_gradients, gradients))
+            numbers.append(same_tensors(trial, case, what, actual_gradients, collected(pair.original)))
     return worst(*numbers)
 
 
@@ -210,8 +210,7 @@ def noise(trial: Trial, case: Case) -> dict[str, float]:
     targets = original_targets(trial, labels)
     numbers = []
     for training in (False, True):
-        pair.port.train(training)
-        pair.original.train(training)
+        in_training(pair, training)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(case.seed)
             theirs = [run_original(trial, pair.original, tokens, targets) for _ in range(2)]
@@ -295,7 +294,8 @@ def padding(trial: Trial, case: Case) -> dict[str, float]:
     together = dataclasses.replace(case, fields=routing.crowded(case.fields), rows=3)
     pair = prepare(trial, together)
     padded = padded_batch(trial, together, pair, "left")
-    for way in (pair, _in_training(pair)):
+    for training in (False, True):
+        way = in_training(pair, training)
         numbers.append(_same_choices(trial, together, way, layers, padded.tokens, padded.mask))
     if "loss" in trial.family.features:
         numbers.append(_padded_gradient(trial, dataclasses.replace(case, fields={**case.fields, **all_terms(routing)})))
@@ -304,7 +304,7 @@ def padding(trial: Trial, case: Case) -> dict[str, float]:
 
 def _padded_gradient(trial: Trial, case: Case) -> dict[str, float]:
     """Compares the gradient of one padded row, in training, with the original's of the row alone."""
-    pair = _in_training(prepare(trial, case))
+    pair = in_training(prepare(trial, case))
     padded = padded_batch(trial, case, pair, "left")
     labels, expected = rows_alone(trial, pair, padded)
     given = dataclasses.replace(pair, batch=dataclasses.replace(pair.batch, tokens=padded.tokens))
@@ -434,12 +434,6 @@ def _decided(
     with deciding_as(oracle, layers, known, epsilon=pytorch.epsilon(trial.dtype), k=k) as aside:
         found = run_original(trial, oracle, tokens, targets)["logits"]
     return found, sum(aside)
-
-
-def _in_training(pair: Pair) -> Pair:
-    pair.port.train()
-    pair.original.train()
-    return pair
 
 
 def _both(trial: Trial, pair: Pair, layers: Any) -> tuple[dict[str, Seen], dict[str, Seen]]:

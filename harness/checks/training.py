@@ -60,7 +60,7 @@ def gradients(trial: Trial, case: Case) -> dict[str, float]:
     that only training adds.
     """
     case = at_least_two_tokens(case)
-    pair = _training_pair(trial, case)
+    pair = in_training(prepare(trial, case))
     labels = port_labels(trial, pair.batch.tokens, pair.batch.targets)
     actual = port_gradients(trial, pair, labels)
     expected = original_gradients(trial, pair.original, pair.batch.tokens, original_targets(trial, labels))
@@ -73,7 +73,7 @@ def gradients_masked(trial: Trial, case: Case) -> dict[str, float]:
     Would have caught: masks whose NaN is repaired in the forward pass only, padding that takes part in the loss.
     """
     case = at_least_two_tokens(case)
-    pair = _training_pair(trial, dataclasses.replace(case, rows=2))
+    pair = in_training(prepare(trial, dataclasses.replace(case, rows=2)))
     numbers = []
     for side in ("left", "right"):
         padded = padded_batch(trial, case, pair, side)
@@ -83,14 +83,14 @@ def gradients_masked(trial: Trial, case: Case) -> dict[str, float]:
             mask = padded.mask.long()
             training_loss(trial, pair.port, padded.tokens, labels, attention_mask=mask).backward()
             what = f"gradient of a {side}-padded batch (attention: {attention})"
-            numbers.append(same_tensors(trial, case, what, _collected(pair.port), expected))
+            numbers.append(same_tensors(trial, case, what, collected(pair.port), expected))
     return worst(*numbers)
 
 
-def _training_pair(trial: Trial, case: Case) -> Pair:
-    pair = prepare(trial, case)
-    pair.original.train()
-    pair.port.train()
+def in_training(pair: Pair, training: bool = True) -> Pair:
+    """The pair, both of its models in training mode from now on, or in evaluation mode."""
+    pair.original.train(training)
+    pair.port.train(training)
     return pair
 
 
@@ -142,7 +142,7 @@ def optimiser_steps(trial: Trial, case: Case) -> dict[str, float]:
     Would have caught: a tied tensor that is two parameters, a norm that decays, a parameter no group has.
     """
     case = at_least_two_tokens(case)
-    pair = _training_pair(trial, case)
+    pair = in_training(prepare(trial, case))
     groups = trial.family.parameter_groups
     assert groups is not None  # the check needs parameter_groups
     labels = port_labels(trial, pair.batch.tokens, pair.batch.targets)
@@ -376,7 +376,7 @@ def micro_batches(trial: Trial, case: Case) -> dict[str, float]:
             tokens = pair.batch.tokens[part]
             training_loss(trial, pair.port, tokens, labels[part], num_items_in_batch=count).backward()
         what = f"gradient of three micro-batches with num_items_in_batch ({type(count).__name__})"
-        numbers.append(equal_tensors(trial, what, _collected(pair.port), whole))
+        numbers.append(equal_tensors(trial, what, collected(pair.port), whole))
     return worst(*numbers, _copies_add_up(trial, case, labels, total))
 
 
@@ -385,13 +385,13 @@ def _copies_add_up(trial: Trial, case: Case, labels: torch.Tensor, total: int) -
     routing = trial.family.routing
     if routing is None or not routing.layers(case.fields):
         return {}
-    pair = _training_pair(trial, dataclasses.replace(case, fields={**case.fields, **all_terms(routing)}))
+    pair = in_training(prepare(trial, dataclasses.replace(case, fields={**case.fields, **all_terms(routing)})))
     whole = port_gradients(trial, pair, labels)
     pair.port.zero_grad()
     for _ in range(3):
         training_loss(trial, pair.port, pair.batch.tokens, labels, num_items_in_batch=3 * total).backward()
     what = "gradient of three copies of a batch with num_items_in_batch and all auxiliary losses"
-    return equal_tensors(trial, what, _collected(pair.port), whole)
+    return equal_tensors(trial, what, collected(pair.port), whole)
 
 
 def parameter_groups(trial: Trial, case: Case) -> dict[str, float]:
@@ -431,7 +431,7 @@ def port_gradients(trial: Trial, pair: Pair, labels: torch.Tensor, **options: An
     """Gradients of the port's loss by parameter name, on the CPU; zeros where the loss does not depend on it."""
     pair.port.zero_grad()
     training_loss(trial, pair.port, pair.batch.tokens, labels, **options).backward()
-    return _collected(pair.port)
+    return collected(pair.port)
 
 
 def original_gradients(
@@ -441,10 +441,11 @@ def original_gradients(
     original.zero_grad()
     device = next(original.parameters()).device
     trial.family.run_original(original, tokens.to(device), targets.to(device))["loss"].backward()
-    return _collected(original)
+    return collected(original)
 
 
-def _collected(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+def collected(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Gradients of a module's parameters by name, on the CPU; zeros where there is none."""
     return {
         name: torch.zeros_like(p).cpu() if p.grad is None else p.grad.detach().cpu().clone()
         for name, p in module.named_parameters()

@@ -129,6 +129,14 @@ QUEUES = (
         "config.eval_capacity",
     ),
     _model(
+        "capacity-bounded-in-evaluation",
+        "evaluation has room for 64 tokens at most, training has not",
+        "routing.capacity",
+        "        return max(config.min_capacity, whole + whole % 2)\n",
+        "        room = max(config.min_capacity, whole + whole % 2)\n"
+        "        return room if self.training else min(room, max(64, config.min_capacity))\n",
+    ),
+    _model(
         "capacity-least-forgotten",
         "there is no least capacity",
         "routing.capacity routing.choices",
