@@ -241,8 +241,8 @@ class NeoBERTBlock(GradientCheckpointingLayer):
 
         # set_attn_implementation works where the library finds the call of its own line in the text of this file.
         attention: Callable[..., Any] = eager_attention_forward
-        if output_attentions:
-            pass  # only eager attention has weights to return
+        if output_attentions or hidden_states.numel() == 0:
+            pass  # only eager attention has weights to return, and takes no tokens at all
         elif TRANSFORMERS_5:
             attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, attention)
         elif self.config._attn_implementation != "eager":
@@ -486,14 +486,19 @@ class NeoBERTLMHead(NeoBERTPreTrainedModel):
     @classmethod
     def _load_pretrained_model(cls, model: Any, *args: Any, **kwargs: Any) -> Any:
         loaded = super()._load_pretrained_model(model, *args, **kwargs)
-        model._keep_apart_what_differs()
+        model._settle_tie()
         return loaded
 
-    def _keep_apart_what_differs(self) -> None:
+    def _settle_tie(self) -> None:
         """Untie a model whose file has two matrices that differ; 4.57 would overwrite one with the other in silence."""
-        one, other = self.model.encoder.weight, self.decoder.weight
+        embedding, decoder = self.model.encoder, self.decoder
+        one, other = embedding.weight, decoder.weight
+        if not self.config.tie_word_embeddings or one is other:
+            return
         # What no file has is without memory at this point.
-        if not self.config.tie_word_embeddings or one is other or one.is_meta or other.is_meta:
+        if one.is_meta or other.is_meta:
+            if one.is_meta and not TRANSFORMERS_5:
+                embedding.weight = other  # 5.x goes either way itself
             return
         if one.shape == other.shape and torch.equal(one, other.to(one.device)):
             return
