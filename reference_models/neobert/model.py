@@ -118,9 +118,9 @@ def additive_mask(attention_mask: Tensor, dtype: torch.dtype) -> Tensor:
     if not attention_mask.is_floating_point():
         return by_choice
     # Reading values would break the graph of torch.compile, and a tensor without memory has none.
-    if not torch.compiler.is_compiling() and not attention_mask.is_meta:
-        if bool((attention_mask.isnan() | (attention_mask == math.inf)).any()):
-            raise ValueError("attention_mask holds NaN or plus infinity; 0 keeps, minus infinity drops")
+    readable = not torch.compiler.is_compiling() and not attention_mask.is_meta
+    if readable and bool((attention_mask.isnan() | (attention_mask == math.inf)).any()):
+        raise ValueError("attention_mask holds NaN or plus infinity; 0 keeps, minus infinity drops")
     is_additive = (attention_mask < 0).any() | (attention_mask == 0).all()
     return torch.where(is_additive, attention_mask.to(dtype), by_choice)
 
@@ -356,7 +356,7 @@ class NeoBERT(NeoBERTPreTrainedModel):
             content = mask >= 0
         else:
             content = torch.ones(inputs_embeds.shape[:2], dtype=torch.bool, device=inputs_embeds.device)
-        positions = content.cumsum(dim=1) * content
+        positions: Tensor = content.cumsum(dim=1) * content
         if readable and positions.shape[1] > longest and int(positions.max()) > longest:
             raise ValueError(
                 f"a row has {int(positions.max())} tokens that are not padding, but learned positions end at"
@@ -469,8 +469,8 @@ class NeoBERTLMHead(NeoBERTPreTrainedModel):
     def __init__(self, config: NeoBERTConfig) -> None:
         super().__init__(config)
         self.model = NeoBERT(config)
-        self.decoder = nn.Linear(config.hidden_size, config.vocab_size)
-        self.decoder.is_tied = config.tie_word_embeddings  # type: ignore[assignment]
+        self.decoder: nn.Module = nn.Linear(config.hidden_size, config.vocab_size)
+        self.decoder.is_tied = config.tie_word_embeddings
         self.loss_type = "ForMaskedLM"
         self.loss_function = masked_lm_loss
         self.post_init()

@@ -322,7 +322,7 @@ def test_options_of_loading_count(tmp_path: Path) -> None:
         loaded = NeoBERTLMHead.from_pretrained(tmp_path, attn_implementation=attention, dropout=0.25)
         assert loaded.config._attn_implementation == attention
         assert loaded.model.transformer_encoder[0].ffn_dropout.p == 0.25
-    with pytest.raises(ValueError, match="flash_attention_2|Flash Attention 2|FlashAttention2"):
+    with pytest.raises(ValueError, match=r"flash_attention_2|Flash Attention 2|FlashAttention2"):
         NeoBERTLMHead.from_pretrained(tmp_path, attn_implementation="flash_attention_2")
     assert NeoBERTConfig.from_pretrained(tmp_path, max_position_embeddings=9).max_length == 9
     with pytest.raises(ValueError, match=r"hidden_size=16.*num_attention_heads=3"):
