@@ -491,7 +491,8 @@ class NeoBERTLMHead(NeoBERTPreTrainedModel):
 
     def _settle_tie(self) -> None:
         """Untie a model whose file has two matrices that differ; 4.57 would overwrite one with the other in silence."""
-        embedding, decoder = self.model.encoder, self.decoder
+        embedding: Any = self.get_input_embeddings()
+        decoder: Any = self.get_output_embeddings()
         one, other = embedding.weight, decoder.weight
         if not self.config.tie_word_embeddings or one is other:
             return
