@@ -14,7 +14,8 @@ import re
 import secrets
 import warnings
 import zipfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -149,10 +150,21 @@ def read_entries(path: str | os.PathLike[str]) -> Mapping[Any, Any]:
 
 def read_archive(path: str | os.PathLike[str]) -> Any:
     """Unpickle tensors and plain values onto the CPU, and nothing else; raises CheckpointError for any other file."""
+    with reading(path) as file:
+        with open_archive(path, file) as archive:
+            # torch does not look at the checksums that it writes.
+            if (damaged := archive.testzip()) is not None:
+                raise CheckpointError(path, f"is damaged: {damaged} does not have the checksum it was written with")
+        file.seek(0)
+        return torch.load(file, map_location="cpu", weights_only=True)
+
+
+@contextmanager
+def reading(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """Open a checkpoint; whatever goes wrong while it is read and unpickled is raised as a CheckpointError."""
     try:
         with open(path, "rb") as file:
-            _check_archive(path, file)
-            return torch.load(file, map_location="cpu", weights_only=True)
+            yield file
     except CheckpointError:
         raise
     except FileNotFoundError:
@@ -170,20 +182,17 @@ def read_archive(path: str | os.PathLike[str]) -> Any:
         raise CheckpointError(path, f"is damaged or truncated: {reason[0][:200]}") from None
 
 
-def _check_archive(path: str | os.PathLike[str], file: BinaryIO) -> None:
-    """Make sure that the file is a whole zip archive that does not unpack to more than itself."""
+def open_archive(path: str | os.PathLike[str], file: BinaryIO) -> zipfile.ZipFile:
+    """Return a whole zip archive that does not unpack to more than itself; raises CheckpointError for another file."""
     head = file.read(4)
     if not zipfile.is_zipfile(file):
         fault = "is a truncated zip archive" if head.startswith(b"PK") else "is not a zip archive"
         raise CheckpointError(path, f"{fault}; expected a file that torch.save wrote")
-    with zipfile.ZipFile(file) as archive:
-        unpacked = sum(member.file_size for member in archive.infolist())
-        if unpacked > file.seek(0, os.SEEK_END):
-            raise CheckpointError(path, f"would unpack to {unpacked} bytes; expected no more than its own size")
-        # torch does not look at the checksums that it writes.
-        if (damaged := archive.testzip()) is not None:
-            raise CheckpointError(path, f"is damaged: {damaged} does not have the checksum it was written with")
-    file.seek(0)
+    archive = zipfile.ZipFile(file)
+    unpacked = sum(member.file_size for member in archive.infolist())
+    if unpacked > file.seek(0, os.SEEK_END):
+        raise CheckpointError(path, f"would unpack to {unpacked} bytes; expected no more than its own size")
+    return archive
 
 
 def named_tensors(path: str | os.PathLike[str], model: Mapping[Any, Any]) -> dict[str, Tensor]:
