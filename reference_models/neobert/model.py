@@ -501,7 +501,7 @@ class NeoBERTLMHead(NeoBERTPreTrainedModel):
             if one.is_meta and not TRANSFORMERS_5:
                 embedding.weight = other  # 5.x goes either way itself
             return
-        if one.shape == other.shape and torch.equal(one, other.to(one.device)):
+        if one.shape == other.shape and torch.equal(one, other.to(one)):
             return
         self.config.tie_word_embeddings = False
         if TRANSFORMERS_5:
