@@ -27,7 +27,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from .checkpoint import DECODER, DECODER_BIAS, CheckpointError, layout, read_run, read_weight, whole_directory
+from .checkpoint import DECODER, DECODER_BIAS, CheckpointError, layout, read_run, read_weight, to_disk, whole_directory
 from .comparison import ComparisonError, compare
 from .original import NeoBERTConfig
 from .readme import model_card
@@ -48,6 +48,7 @@ _SAME_NAMES = (
     "tie_word_embeddings",
 )  # fmt: skip
 _WAITING = 2  # tensors that were read and are not written yet
+_UNFLUSHED = 1 << 26  # bytes
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -154,11 +155,15 @@ def config_fields(fields: Mapping[str, Any], written: Layout) -> dict[str, Any]:
 @contextmanager
 def _weight_files(directory: Path, written: Layout) -> Iterator[Callable[[str, Tensor], None]]:
     """Give a function that hands a tensor to both files; they are written beside what the caller does meanwhile."""
+    files = (directory / "model.safetensors", directory / "pytorch_model.bin")
     waiting: deque[Future[None]] = deque()
+    flushed: deque[Future[None]] = deque()
+    unflushed = 0
     with (
-        safetensors_file(directory / "model.safetensors", written) as write_safetensors,
-        torch_file(directory / "pytorch_model.bin", written) as write_torch,
+        safetensors_file(files[0], written) as write_safetensors,
+        torch_file(files[1], written) as write_torch,
         ThreadPoolExecutor(max_workers=1) as writer,
+        ThreadPoolExecutor(max_workers=1) as flusher,
     ):
 
         def write_both(name: str, tensor: Tensor) -> None:
@@ -166,13 +171,21 @@ def _weight_files(directory: Path, written: Layout) -> Iterator[Callable[[str, T
             write_torch(name, tensor)
 
         def write(name: str, tensor: Tensor) -> None:
+            nonlocal unflushed
             while len(waiting) >= _WAITING:
                 waiting.popleft().result()
             waiting.append(writer.submit(write_both, name, tensor))
+            unflushed += tensor.nbytes
+            if unflushed >= _UNFLUSHED and all(flush.done() for flush in flushed):
+                # So that the disk is at work already, and not all of it is left to the end.
+                flushed.extend(flusher.submit(to_disk, file) for file in files)
+                unflushed = 0
 
         yield write
         while waiting:
             waiting.popleft().result()
+        while flushed:
+            flushed.popleft().result()
 
 
 @contextmanager
