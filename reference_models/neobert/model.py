@@ -118,9 +118,9 @@ def additive_mask(attention_mask: Tensor, dtype: torch.dtype) -> Tensor:
     if not attention_mask.is_floating_point():
         return by_choice
     # Reading values would break the graph of torch.compile, and a tensor without memory has none.
-    if not torch.compiler.is_compiling() and not attention_mask.is_meta:
-        if bool((attention_mask.isnan() | (attention_mask == math.inf)).any()):
-            raise ValueError("attention_mask holds NaN or plus infinity; 0 keeps, minus infinity drops")
+    readable = not torch.compiler.is_compiling() and not attention_mask.is_meta
+    if readable and bool((attention_mask.isnan() | (attention_mask == math.inf)).any()):
+        raise ValueError("attention_mask holds NaN or plus infinity; 0 keeps, minus infinity drops")
     is_additive = (attention_mask < 0).any() | (attention_mask == 0).all()
     return torch.where(is_additive, attention_mask.to(dtype), by_choice)
 
@@ -241,8 +241,8 @@ class NeoBERTBlock(GradientCheckpointingLayer):
 
         # set_attn_implementation works where the library finds the call of its own line in the text of this file.
         attention: Callable[..., Any] = eager_attention_forward
-        if output_attentions:
-            pass  # only eager attention has weights to return
+        if output_attentions or hidden_states.numel() == 0:
+            pass  # only eager attention has weights to return, and takes no tokens at all
         elif TRANSFORMERS_5:
             attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, attention)
         elif self.config._attn_implementation != "eager":
@@ -356,7 +356,7 @@ class NeoBERT(NeoBERTPreTrainedModel):
             content = mask >= 0
         else:
             content = torch.ones(inputs_embeds.shape[:2], dtype=torch.bool, device=inputs_embeds.device)
-        positions = content.cumsum(dim=1) * content
+        positions: Tensor = content.cumsum(dim=1) * content
         if readable and positions.shape[1] > longest and int(positions.max()) > longest:
             raise ValueError(
                 f"a row has {int(positions.max())} tokens that are not padding, but learned positions end at"
@@ -469,8 +469,8 @@ class NeoBERTLMHead(NeoBERTPreTrainedModel):
     def __init__(self, config: NeoBERTConfig) -> None:
         super().__init__(config)
         self.model = NeoBERT(config)
-        self.decoder = nn.Linear(config.hidden_size, config.vocab_size)
-        self.decoder.is_tied = config.tie_word_embeddings  # type: ignore[assignment]
+        self.decoder: nn.Module = nn.Linear(config.hidden_size, config.vocab_size)
+        self.decoder.is_tied = config.tie_word_embeddings
         self.loss_type = "ForMaskedLM"
         self.loss_function = masked_lm_loss
         self.post_init()
@@ -486,16 +486,22 @@ class NeoBERTLMHead(NeoBERTPreTrainedModel):
     @classmethod
     def _load_pretrained_model(cls, model: Any, *args: Any, **kwargs: Any) -> Any:
         loaded = super()._load_pretrained_model(model, *args, **kwargs)
-        model._keep_apart_what_differs()
+        model._settle_tie()
         return loaded
 
-    def _keep_apart_what_differs(self) -> None:
+    def _settle_tie(self) -> None:
         """Untie a model whose file has two matrices that differ; 4.57 would overwrite one with the other in silence."""
-        one, other = self.model.encoder.weight, self.decoder.weight
-        # What no file has is without memory at this point.
-        if not self.config.tie_word_embeddings or one is other or one.is_meta or other.is_meta:
+        embedding: Any = self.get_input_embeddings()
+        decoder: Any = self.get_output_embeddings()
+        one, other = embedding.weight, decoder.weight
+        if not self.config.tie_word_embeddings or one is other:
             return
-        if one.shape == other.shape and torch.equal(one, other.to(one.device)):
+        # What no file has is without memory at this point.
+        if one.is_meta or other.is_meta:
+            if one.is_meta and not TRANSFORMERS_5:
+                embedding.weight = other  # 5.x goes either way itself
+            return
+        if one.shape == other.shape and torch.equal(one, other.to(one)):
             return
         self.config.tie_word_embeddings = False
         if TRANSFORMERS_5:

@@ -263,7 +263,7 @@ class NeoBERT(nn.Module):
                 queries and keys; 0 keeps, -inf drops. Or bool of those shapes, True keeps.
             packed_seqlens: per row the lengths of consecutive segments that attend only within themselves: lists, or
                 a CPU integer tensor, (rows, most segments) filled up with 0, or (rows,) for one segment a row, or
-                (segments,) for a batch of one row. Zeros are left out; tokens after the last segment attend to
+                (segments,) for a batch of one row. A segment of 0 is none; tokens after the last segment attend to
                 nothing. Positions run on over segments. `pad_mask` is ignored beside it, with a warning.
 
         Raises:
@@ -480,5 +480,5 @@ def _segment_lengths(packed_seqlens: PackedLengths, rows: int, length: int) -> l
             raise ValueError(f"packed_seqlens[{row}] holds {wrong[0]!r}, expected whole numbers of 0 or more")
         if sum(counts) > length:
             raise ValueError(f"packed_seqlens[{row}] adds up to {sum(counts)}, more than the {length} tokens of a row")
-        lengths.append([count for count in counts if count])
+        lengths.append(list(counts))
     return lengths

@@ -34,6 +34,9 @@ DEFAULT_CONFIG = NeoBERTConfig(
     vocab_size=256,
     max_length=64,
     norm_eps=1e-5,
+    # Wider than the default, which is meant for a width of 768 and would take these few steps to grow.
+    embedding_init_range=0.15,
+    decoder_init_range=0.15,
 )
 IGNORED = -100
 
@@ -55,7 +58,7 @@ def train(
     output: Path,
     *,
     text: Path = DEFAULT_TEXT,
-    steps: int = 200,
+    steps: int = 300,
     seed: int = 0,
     layout: Layout = "state_dict.pt",
     config: NeoBERTConfig = DEFAULT_CONFIG,
@@ -189,7 +192,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     summary = (__doc__ or "").splitlines()[0]
     parser = argparse.ArgumentParser(prog="python -m reference_models.neobert.train", description=summary)
     parser.add_argument("output", type=Path, metavar="OUT", help="the directory of the run")
-    parser.add_argument("--steps", type=int, default=200, help="training steps (200)")
+    parser.add_argument("--steps", type=int, default=300, help="training steps (300)")
     parser.add_argument("--seed", type=int, default=0, help="of initialisation, masking and order (0)")
     parser.add_argument("--layout", choices=get_args(Layout), default="state_dict.pt", help="the file of the weights")
     parser.add_argument("--text", type=Path, default=DEFAULT_TEXT, help="one sequence a line (that of fixtures/text)")
