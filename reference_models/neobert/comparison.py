@@ -213,6 +213,7 @@ def _compare(
     before = ["model.encoder"] if config.rope else ["model.encoder", "model.positional_embedding"]
     stages = [*before, *stages, "model.layer_norm", "decoder"]
     embedding: Tensor | None = None
+    room: dict[str, Tensor] = {}  # one layer's weights, for one layer after the other
 
     pairs = [(_Walk(case, training), _Walk(case, exported)) for case in cases]
     walks = [walk for pair in pairs for walk in pair]
@@ -222,7 +223,14 @@ def _compare(
             for walk in walks:
                 walk.advance()
             for stage in stages:
-                tensors = {name: load(name).double() for name in names if name.startswith(f"{stage}.")}
+                tensors = {}
+                for name in (name for name in names if name.startswith(f"{stage}.")):
+                    stored, place = load(name), name.removeprefix(stage)
+                    if stage.startswith("model.transformer_encoder."):
+                        wide = room.setdefault(place, torch.empty(stored.shape, dtype=torch.float64))
+                        tensors[name] = wide.copy_(stored)
+                    else:
+                        tensors[name] = stored.double()
                 if stage == "model.encoder":
                     embedding = tensors["model.encoder.weight"] if is_tied else None
                 if stage == "decoder" and embedding is not None:
