@@ -397,8 +397,10 @@ def load_classification(subject: Subject) -> str:
     if not hasattr(outputs, "logits"):
         raise Failed(f"the model gives a {type(outputs).__name__}, expected an output with logits")
     expected = (2, model.config.num_labels)
-    if tuple(outputs.logits.shape) != expected or not outputs.logits.isfinite().all():
-        raise Failed(f"the logits have shape {tuple(outputs.logits.shape)} or are not finite, expected {expected}")
+    if tuple(outputs.logits.shape) != expected:
+        raise Failed(f"the logits have shape {tuple(outputs.logits.shape)}, expected {expected}")
+    if not outputs.logits.isfinite().all():
+        raise Failed("the logits are not finite")
     return f"{type(model).__name__}: only {' and '.join(f'{name}*' for name in head)} are new"
 
 
@@ -679,13 +681,13 @@ def max_length(config: Mapping[str, Any]) -> int:
 def alike(what: str, ours: Tensor, other: str, theirs: Tensor, *, tolerance: float = TOLERANCE) -> None:
     """Raises Failed unless both are finite, of one shape, and the same up to rounding."""
     if ours.shape != theirs.shape:
-        raise Failed(f"{what} has shape {tuple(ours.shape)}, {other} {tuple(theirs.shape)}")
+        raise Failed(f"{what}, compared with {other}: shape {tuple(ours.shape)} and not {tuple(theirs.shape)}")
     for name, tensor in ((what, ours), (other, theirs)):
         if not tensor.isfinite().all():
             raise Failed(f"{name}: {int((~tensor.isfinite()).sum())} of {tensor.numel()} values are not finite")
     error = float((ours - theirs).abs().max() / max(1.0, float(theirs.abs().max()))) if theirs.numel() else 0.0
     if error > tolerance:
-        raise Failed(f"{what} differs from {other}: relative error {error:.2g}, at most {tolerance:g} is rounding")
+        raise Failed(f"{what}, compared with {other}: relative error {error:.2g}, at most {tolerance:g} is rounding")
 
 
 # Words

@@ -460,16 +460,16 @@ def outputs_are_the_checkpoints(directory: Path, run: Run, scratch: Path) -> str
 
 
 def _relative_error(name: str, given: Tensor, expected: Tensor, batch: str) -> float:
+    where = f"{name} with {batch}"
     if given.shape != expected.shape:
-        raise Failed(f"{name} with {batch} has shape {tuple(given.shape)}, the checkpoint's {tuple(expected.shape)}")
+        raise Failed(f"{where}: shape {tuple(given.shape)}, the training model's is {tuple(expected.shape)}")
     if not given.isfinite().all():
-        raise Failed(f"{name} with {batch} is not finite, and the training model's is")
+        raise Failed(f"{where}: {int((~given.isfinite()).sum())} of {given.numel()} values are not finite")
     error = float((given - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
     if error > PARITY:
-        hint = ": an error of this size is that of a part computed in float32" if error < 1e-5 else ""
+        hint = "; an error of this size is that of a part computed in float32" if error < 1e-5 else ""
         raise Failed(
-            f"{name} with {batch} differs first from the training model: relative error {error:.2g}, at most "
-            f"{PARITY:g}{hint}"
+            f"{where}, the first to differ from the training model: relative error {error:.2g}, at most {PARITY:g}{hint}"
         )
     return error
 
