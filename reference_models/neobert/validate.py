@@ -334,6 +334,8 @@ def run_probe(request: Mapping[str, Any], scratch: Path) -> str:
     (base / "request.json").write_text(json.dumps(request), encoding="utf-8")
     # Neither the working directory nor the user's own packages.
     command = [sys.executable, "-P", "-s", probe.__file__, str(base / "request.json")]
+    # The environment has one thread, which is too few for a gigabyte.
+    threads = os.environ.get("OMP_NUM_THREADS") or str(os.cpu_count() or 1)
     with open(base / "errors", "w+b") as errors:
         child = subprocess.Popen(
             command,
@@ -341,7 +343,7 @@ def run_probe(request: Mapping[str, Any], scratch: Path) -> str:
             stdout=errors,
             stderr=errors,
             cwd=base / "scratch" / "work",
-            env=environment(base / "scratch", os.environ),
+            env=environment(base / "scratch", os.environ) | {"OMP_NUM_THREADS": threads},
             start_new_session=True,
         )
         try:
@@ -469,7 +471,8 @@ def _relative_error(name: str, given: Tensor, expected: Tensor, batch: str) -> f
     if error > PARITY:
         hint = "; an error of this size is that of a part computed in float32" if error < 1e-5 else ""
         raise Failed(
-            f"{where}, the first to differ from the training model: relative error {error:.2g}, at most {PARITY:g}{hint}"
+            f"{where}, the first to differ from the training model: relative error {error:.2g}, at most "
+            f"{PARITY:g}{hint}"
         )
     return error
 

@@ -20,7 +20,8 @@ from safetensors.torch import load_file, save_file
 
 from harness.sandbox import environment, fresh_directories
 from reference_models.neobert import probe, validate
-from reference_models.neobert.checkpoint import layout, read_run, read_weight, write_run
+from reference_models.neobert.checkpoint import write_run
+from reference_models.neobert.export import export
 from reference_models.neobert.original import NeoBERTLMHead
 from reference_models.neobert.tokenizer import write_tokenizer
 from reference_models.neobert.train import DEFAULT_CONFIG, train
@@ -28,6 +29,7 @@ from reference_models.neobert.validate import NotAnExport
 
 Edit = Callable[[Path], None]
 OLD_LINE = transformers.__version__.startswith("4.")
+TOKENIZER = ("special_tokens_map.json", "tokenizer.json", "tokenizer_config.json", "vocab.txt")
 CONFIG = replace(DEFAULT_CONFIG, max_length=24)
 
 # Forks one child for each request, because importing the library takes longer than asking every question.
@@ -105,28 +107,14 @@ def untied_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return base / "7"
 
 
-def exported(checkpoint: Path, output: Path) -> Path:
-    from reference_models.neobert.configuration_neobert import NeoBERTConfig
-    from reference_models.neobert.model import NeoBERTLMHead as Port
-
-    run = read_run(checkpoint)
-    left_out = ("attn_backend", "kernel_backend", "ngpt", "base_scale")
-    port = Port(NeoBERTConfig(**{name: value for name, value in run.fields.items() if name not in left_out}))
-    port.load_state_dict({name: read_weight(run, name) for name in layout(run)})
-    port.save_pretrained(output)
-    shutil.copytree(run.tokenizer, output, dirs_exist_ok=True)
-    torch.save(load_file(output / "model.safetensors"), output / "pytorch_model.bin")
-    return output
-
-
 @pytest.fixture(scope="module")
 def good(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return exported(checkpoint, tmp_path_factory.mktemp("good") / "export")
+    return export(checkpoint, output=tmp_path_factory.mktemp("good") / "export")
 
 
 @pytest.fixture(scope="module")
 def untied(untied_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return exported(untied_checkpoint, tmp_path_factory.mktemp("good") / "untied")
+    return export(untied_checkpoint, output=tmp_path_factory.mktemp("good") / "untied")
 
 
 def statuses(found: Sequence[validate.Finding]) -> dict[str, set[str]]:
@@ -232,8 +220,7 @@ def tokenizer(**options: Any) -> Edit:
     """Another tokenizer in place of the good one."""
 
     def edit(directory: Path) -> None:
-        for name in ("tokenizer.json", "tokenizer_config.json"):
-            (directory / name).unlink()
+        without(*TOKENIZER)(directory)
         write_tokenizer(directory, **({"vocab_size": 256, "max_length": 24} | options))
 
     return edit
@@ -270,6 +257,16 @@ INVERTED = (
     "\n                attention_mask = torch.where(attention_mask == 0, -math.inf, 0.0).to(query.dtype)"
 )
 REGISTERED = 'NeoBERT.register_for_auto_class("AutoModel")'
+TIED_ON_LOAD = """
+def tied(cls, *args, _load=NeoBERTLMHead.from_pretrained.__func__, **kwargs):
+    loaded = _load(cls, *args, **kwargs)
+    model = loaded[0] if isinstance(loaded, tuple) else loaded
+    model.decoder.weight = model.model.encoder.weight
+    return loaded
+
+
+NeoBERTLMHead.from_pretrained = classmethod(tied)
+"""
 # The angles of all positions at once, as the first revisions of the exported model kept them.
 TABLE_KEPT = code(
     "        self.gradient_checkpointing = False\n        self.post_init()",
@@ -374,7 +371,7 @@ FAULTS = [
     ),
     Fault(
         "the decoder is the embedding after loading",
-        code("model._keep_apart_what_differs()", "model.decoder.weight = model.model.encoder.weight"),
+        code(REGISTERED, TIED_ON_LOAD + REGISTERED),
         {"tensors"},
         "decoder.weight as loaded is not decoder.weight of the file, largest difference",
         untied=True,
@@ -511,6 +508,7 @@ FAULTS = [
     Fault(
         "the tokenizer has no mask token",
         each(
+            without("special_tokens_map.json", "vocab.txt"),
             code('  "mask_token": "[MASK]",\n', "", "tokenizer_config.json"),
             code(
                 '"tokenizer_class": "BertTokenizer"',
@@ -524,7 +522,7 @@ FAULTS = [
     ),
     Fault(
         "there is no tokenizer",
-        without("tokenizer.json", "tokenizer_config.json"),
+        without(*TOKENIZER),
         {"tokenizer"},
         "",
         skipped=NEEDS_TOKENIZER,
