@@ -63,7 +63,7 @@ def fresh_processes(check: str, route: str, load: str) -> frozenset[str]:
     By a check's id, its route, and how the port's weights get in.
     """
     words = (route, check.partition(".")[0])
-    offline = "remote_code" in words or check == "hub.offline" or load.startswith("command:")
+    offline = "remote_code" in words or check in ("hub.offline", "heads.saved") or load.startswith("command:")
     return frozenset({"sandbox"} if offline else ()) | frozenset({"hub"} if "hub" in words else ())
 
 

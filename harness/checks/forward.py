@@ -277,9 +277,13 @@ def deterministic(trial: Trial, case: Case) -> dict[str, float]:
     """
     fields = {**case.fields, **({trial.family.dropout: 0.5} if trial.family.dropout else {})}
     pair = prepare(trial, dataclasses.replace(case, fields=fields))
-    first, second = (port_logits(trial, pair.port, pair.batch.tokens) for _ in range(2))
-    if not torch.equal(first, second):
-        raise Mismatch("two calls in evaluation mode differ", tensors={"actual": second, "expected": first})
+    for attention in each_attention(pair.port):
+        first, second = (port_logits(trial, pair.port, pair.batch.tokens) for _ in range(2))
+        if not torch.equal(first, second):
+            raise Mismatch(
+                f"two calls in evaluation mode differ (attention: {attention})",
+                tensors={"actual": second, "expected": first},
+            )
     return _same_logits(trial, case, pair, pair.batch.tokens, pair.batch.targets, "logits with dropout configured")
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -16,7 +17,21 @@ from harness.errors import Mismatch, Skip
 from harness.families import Fields, Head
 from harness.numerics import FLOAT32_INSIDE_BOUND, require_close
 from harness.routes.direct import fill
-from harness.trial import Trial, draw, load_class, port_class, port_config, require_semantics, worst
+from harness.routes.remote_code import directory
+from harness.trial import (
+    Trial,
+    draw,
+    load_class,
+    original_model,
+    port_class,
+    port_config,
+    prepare,
+    require_semantics,
+    worst,
+)
+
+if TYPE_CHECKING:
+    from harness.sandbox import Answer
 
 
 def logits(trial: Trial, case: Case) -> dict[str, float]:
@@ -71,27 +86,41 @@ def loss(trial: Trial, case: Case) -> dict[str, float]:
 def saved(trial: Trial, case: Case) -> dict[str, float]:
     """A saved head is loaded by its Auto class in a fresh process, complete, and gives the same logits.
 
-    Would have caught: a class that no auto_map names, tensors of the head left at random.
+    What the port itself saves, or its converter writes, is loaded by that class too: all but the head comes from there.
+    Would have caught: a class that no auto_map names, tensors of the head left at random, a body whose names do not
+    fit under a head.
     """
+    body = directory(trial, case, original_model(trial, case))
+    for head in trial.family.heads:
+        answer = _loaded(trial, head, body, draw(trial, case).tokens)
+        own = set(_pair(trial, case, head, head.options[0])[1].state_dict())
+        own -= set(prepare(trial, case).port.state_dict())
+        if not set(answer.values["loading"]["missing_keys"]) <= own:
+            missing = sorted(set(answer.values["loading"]["missing_keys"]) - own)
+            raise Mismatch(f"{head.auto_class} finds no {missing[0]} in what the port saves")
     tokens = draw(trial, case).tokens
     numbers: list[dict[str, float]] = []
     for head, options in _each(trial):
         _, port = _pair(trial, case, head, options)
         expected = _call(trial, port, tokens).logits.cpu()
-        directory = trial.workdir / f"{head.name}-{len(numbers)}"
-        port.save_pretrained(directory)
-        request = {"directory": str(directory), "auto_class": head.auto_class, "dtype": trial.dtype}
-        answer = trial.sandbox.run(
-            "load_and_run", request, tensors={"input_ids": tokens}, hidden_paths=[trial.port.root]
-        )
+        place = trial.workdir / f"{head.name}-{len(numbers)}"
+        port.save_pretrained(place)
+        answer = _loaded(trial, head, place, tokens)
         loading = answer.values["loading"]
         if problems := [*loading["missing_keys"], *loading["unexpected_keys"]]:
             raise Mismatch(f"{problems[0]} of a saved {head.port} is missing or left over in a fresh process")
-        if answer.values["class"] != head.port:
-            raise Mismatch(f"{head.auto_class} loads a saved {head.port} as {answer.values['class']}")
         what = f"logits of a saved {head.port}{_said(options)}"
         numbers.append({"error": require_close(what, answer.tensors["output.logits"], expected, bound=_bound(trial))})
     return worst(*numbers)
+
+
+def _loaded(trial: Trial, head: Head, saved: Path, tokens: torch.Tensor) -> Answer:
+    """What a fresh process says of a saved directory that it loads by the Auto class of a head."""
+    request = {"directory": str(saved), "auto_class": head.auto_class, "dtype": trial.dtype}
+    answer = trial.sandbox.run("load_and_run", request, tensors={"input_ids": tokens}, hidden_paths=[trial.port.root])
+    if answer.values["class"] != head.port:
+        raise Mismatch(f"{head.auto_class} loads {answer.values['class']}, expected {head.port}")
+    return answer
 
 
 def _bound(trial: Trial) -> float:

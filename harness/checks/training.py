@@ -189,6 +189,9 @@ def initialisation(trial: Trial, case: Case) -> dict[str, float]:
                     f"{name} starts at {float(actual.mean()):.3g}, the original's at {float(expected.mean()):.3g}"
                 )
             continue
+        starts_at_zero = (expected == 0).all(dim=0)  # such as the row of a padding token
+        if bool((actual[:, starts_at_zero] != 0).any()):
+            raise Mismatch(f"parts of {name} start at random, which start at 0 in the original")
         deviation = abs(float(actual.std() / expected.std()) - 1) * actual.numel() ** 0.5
         offset = abs(float(actual.mean() - expected.mean()) / float(expected.std())) * (actual.numel() / 2) ** 0.5
         tails = abs(_kurtosis(actual) - _kurtosis(expected)) * (actual.numel() / 48) ** 0.5

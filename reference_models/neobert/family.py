@@ -30,7 +30,7 @@ def configurations() -> SearchStrategy[dict[str, Any]]:
 
     @st.composite
     def draw_fields(draw: st.DrawFn) -> dict[str, Any]:
-        rope, heads, vocabulary = draw(st.booleans()), draw(st.integers(1, 4)), draw(st.integers(11, 61))
+        rope, heads, vocabulary = not draw(st.booleans()), draw(st.integers(1, 4)), draw(st.integers(11, 61))
         # A norm over few channels leaves hardly anything to compare, and rotations need pairs.
         pairs = draw(st.integers(-(-3 // heads), 4))
         head_size = 2 * pairs if rope else draw(st.integers(-(-6 // heads), 8))
@@ -42,8 +42,8 @@ def configurations() -> SearchStrategy[dict[str, Any]]:
             "vocab_size": vocabulary,
             "max_length": draw(st.integers(4, 20)),
             "rope": rope,
-            "rms_norm": draw(st.booleans()),
-            "hidden_act": draw(st.sampled_from(("gelu", "swiglu"))),
+            "rms_norm": not draw(st.booleans()),
+            "hidden_act": draw(st.sampled_from(("swiglu", "gelu"))),
             "tie_word_embeddings": draw(st.booleans()),
             "norm_eps": draw(st.sampled_from((1e-5, 1e-6, 1e-3))),
             "pad_token_id": draw(st.sampled_from((0, 0, 3, vocabulary - 1))),
