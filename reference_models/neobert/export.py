@@ -13,7 +13,6 @@ import importlib.metadata
 import json
 import math
 import os
-import shutil
 import signal
 import sys
 import warnings
@@ -106,7 +105,7 @@ def export(checkpoint: str | os.PathLike[str], *, output: str | os.PathLike[str]
         config = json.dumps(config_fields(run.fields, written), indent=2, allow_nan=False)
         (staging / "config.json").write_text(config + "\n", encoding="utf-8")
         for name in CODE:
-            shutil.copyfile(Path(__file__).with_name(name), staging / name)
+            (staging / name).write_bytes(Path(__file__).with_name(name).read_bytes())
         write_assets(assets, staging)
         card = model_card(run, assets, directory=directory, layout=written)
         (staging / "README.md").write_text(card, encoding="utf-8")
