@@ -15,7 +15,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -212,52 +212,59 @@ def padding_is_ignored(subject: Subject) -> str:
 
 
 def all_masked_row(subject: Subject) -> str:
-    """A row with nothing to attend to is finite and disturbs no other, in every implementation of attention."""
+    """A row with nothing to attend to is finite and disturbs no other, however attention is computed."""
     import torch
 
     ids = some_ids(subject, rows=2)
     keep = torch.ones(ids.shape, dtype=torch.int64)
     keep[0] = 0
     other = call(subject.model, ids[1:]).logits
-    for name in implementations(subject):
-        given = masked(subject, ids, keep)
+    for name, options in ways_to_attend(subject):
+        given = masked(subject, ids, keep, **options)
         if not given[0].isfinite().all():
-            raise Failed(f"the logits of an all-masked row are not finite with {name} attention")
-        alike(f"the row beside an all-masked one with {name} attention", given[1:], "the row alone", other)
+            raise Failed(f"the logits of an all-masked row are not finite with {name}")
+        alike(f"the row beside an all-masked one with {name}", given[1:], "the row alone", other)
     return "finite, and the row beside it is undisturbed"
 
 
 def attention_implementations(subject: Subject) -> str:
     """sdpa and eager give the same, with and without padding; so does asking for the attention weights."""
-    import torch
-
     ids = some_ids(subject, rows=2)
     batches: dict[str, tuple[Tensor, Tensor | None]] = {"no mask": (ids, None)}
-    batches |= {
-        f"padding {side}": padding(ids, subject.config["pad_token_id"], side) for side in ("right", "left", "inside")
-    }
-    given = {
-        (implementation, name): masked(subject, tokens, keep)
-        for implementation in implementations(subject)
-        for name, (tokens, keep) in batches.items()
-    }
-    for name in batches:
-        alike(f"eager attention with {name}", given["eager", name], "sdpa", given["sdpa", name])
-    shape = (len(ids), subject.config["num_attention_heads"], ids.shape[1], ids.shape[1])
-    for name, (tokens, keep) in batches.items():
-        outputs = call(subject.model, tokens, attention_mask=keep, output_attentions=True)
-        alike(f"output_attentions=True with {name}", outputs.logits, "sdpa", given["sdpa", name])
-        weights = outputs.attentions
-        if weights is None or len(weights) != subject.config["num_hidden_layers"]:
-            raise Failed(f"output_attentions=True gives the weights of {len(weights or ())} blocks")
-        for layer in weights:
-            if tuple(layer.shape) != shape:
-                raise Failed(f"attention weights have shape {tuple(layer.shape)}, expected {shape}")
-            kept = torch.ones(shape) if keep is None else keep[:, None, None, :].expand(shape)
-            alike(
-                f"the attention weights of real tokens with {name}", (layer * kept).sum(-1), "1", torch.ones(shape[:3])
-            )
+    for side in ("right", "left", "inside"):
+        batches[f"padding {side}"] = padding(ids, subject.config["pad_token_id"], side)
+    own = {name: masked(subject, tokens, keep) for name, (tokens, keep) in batches.items()}
+    faults, ways = [], []
+    for way, options in ways_to_attend(subject):
+        ways.append(way)
+        try:
+            for name, (tokens, keep) in batches.items():
+                given = masked(subject, tokens, keep, **options)
+                alike(f"{way} with {name}", given, "the attention it is loaded with", own[name])
+                if options:
+                    check_weights(subject, tokens, keep)
+        except Failed as failure:
+            faults.append(str(failure))
+    faults += [f"attention cannot be switched to {name}" for name in ("sdpa", "eager") if name not in ways]
+    if faults:
+        raise Failed(some(faults))
     return "sdpa, eager and output_attentions=True agree, with padding and without"
+
+
+def check_weights(subject: Subject, ids: Tensor, keep: Tensor | None) -> None:
+    """Every block gives attention weights (rows, heads, tokens, tokens) that add up to 1 over the real tokens."""
+    import torch
+
+    number, heads = subject.config["num_hidden_layers"], subject.config["num_attention_heads"]
+    layers = call(subject.model, ids, attention_mask=keep, output_attentions=True).attentions or ()
+    if len(layers) != number:
+        raise Failed(f"output_attentions=True gives the weights of {len(layers)} blocks, expected {number}")
+    shape = (len(ids), heads, ids.shape[1], ids.shape[1])
+    kept = torch.ones(shape) if keep is None else keep[:, None, None, :].expand(shape)
+    for layer in layers:
+        if tuple(layer.shape) != shape:
+            raise Failed(f"attention weights have shape {tuple(layer.shape)}, expected {shape}")
+        alike("the sum of attention weights over real tokens", (layer * kept).sum(-1), "1", torch.ones(shape[:3]))
 
 
 def first_token(subject: Subject) -> str:
@@ -582,10 +589,10 @@ def call(model: Any, ids: Tensor, **options: Any) -> Any:
     return model(input_ids=ids, **options)
 
 
-def masked(subject: Subject, ids: Tensor, keep: Tensor | None) -> Tensor:
+def masked(subject: Subject, ids: Tensor, keep: Tensor | None, **options: Any) -> Tensor:
     """The logits (rows, tokens, vocabulary) with a mask (rows, tokens) of any form."""
     try:
-        logits: Tensor = call(subject.model, ids, attention_mask=keep).logits
+        logits: Tensor = call(subject.model, ids, attention_mask=keep, **options).logits
     except Exception as error:
         form = "no mask" if keep is None else f"a mask of {str(keep.dtype).removeprefix('torch.')}"
         raise Failed(f"{form}: {type(error).__name__}: {error}") from error
@@ -651,17 +658,22 @@ def written(keep: Tensor) -> dict[str, Tensor]:
     }
 
 
-def implementations(subject: Subject) -> Iterator[str]:
-    """Switches the model to each implementation in turn and back to the first; Failed where it cannot."""
-    for name in ("sdpa", "eager", "sdpa"):
-        try:
-            subject.model.set_attn_implementation(name)
-        except Exception as error:
-            raise Failed(f"attention cannot be switched to {name}: {type(error).__name__}: {error}") from error
-        chosen = getattr(subject.model.config, "_attn_implementation", None)
-        if chosen != name:
-            raise Failed(f"attention cannot be switched to {name}: it stays {chosen}")
-        yield name
+def ways_to_attend(subject: Subject) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each implementation that the model can be switched to, then that which gives weights: name, and what to pass."""
+    first = getattr(subject.model.config, "_attn_implementation", None)
+    try:
+        for name in ("sdpa", "eager"):
+            try:
+                subject.model.set_attn_implementation(name)
+            except Exception:
+                continue  # What cannot be switched is not among the names.
+            if getattr(subject.model.config, "_attn_implementation", None) == name:
+                yield name, {}
+    finally:
+        if first is not None:
+            with suppress(Exception):  # It is foreign code; what it refuses, it has not switched away from either.
+                subject.model.set_attn_implementation(first)
+    yield "output_attentions=True", {"output_attentions": True}
 
 
 def encoded(subject: Subject, texts: Sequence[str]) -> Mapping[str, Tensor]:
