@@ -192,7 +192,10 @@ def incomplete(trial: Trial, case: Case) -> dict[str, float]:
         if len(half) in (0, len(tensors)):
             continue
         save_file(half, file, metadata={"format": "pt"})
-        loaded = cls.from_pretrained(directory).state_dict()
+        try:
+            loaded = cls.from_pretrained(directory).state_dict()
+        except Exception:  # as above
+            continue
         for name, tensor in half.items():
             if name in loaded and not torch.equal(loaded[name], tensor):
                 raise Mismatch(f"{name} is drawn anew, though the file has it, where the file lacks tensors beside it")

@@ -566,6 +566,8 @@ def _ties_differ(trial: Trial, case: Case, original: torch.nn.Module, plain: Pat
         return
     first = groups[0][0]
     path = _rewritten(trial, plain, original, lambda tensors: tensors.update({first: tensors[first] + 1}))
+    if not _original_reads(trial, path):
+        return
     fields, state = read(str(path))
     as_read = initial_original(trial, fields)
     as_read.load_state_dict(state)
