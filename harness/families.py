@@ -165,7 +165,7 @@ class Family:
     features: what the family has; a check whose needs are not among them is skipped. Known words: `logits`, `loss`,
         `causal`, `masks`, `dropout`, `generation`, `checkpoint`, `initialisation`, `parameter_groups`, `taps`,
         `tied_embeddings`, `learned_positions`, `attentions`, `routing`, `legacy_calls`, `heads`,
-        `original_only`.
+        `original_only`, `tokenizer` (its checkpoint has one, and a converter takes it along).
     configurations: a Hypothesis strategy of `Fields`, valid by construction, that shrinks to the plainest model.
     original: `module:Class` of the built-in original.
     build_original: (class, fields) -> module in evaluation mode with its default initialisation.

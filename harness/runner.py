@@ -333,7 +333,9 @@ def _examples(item: Item) -> int:
     """The catalogue's count; less where a program is started, or a Hub, for every set of weights."""
     bounds = [HUB_EXAMPLES] if item.route == "hub" else []
     if _converts(item):
-        bounds.append(PROGRAM_EXAMPLES if starts_quickly(item.port) else COMMAND_EXAMPLES)
+        # Checks of files convert many for each case.
+        is_quick = starts_quickly(item.port) and "checkpoint" not in item.check.needs
+        bounds.append(PROGRAM_EXAMPLES if is_quick else COMMAND_EXAMPLES)
     return min([item.check.examples, *bounds])
 
 

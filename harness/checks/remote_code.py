@@ -22,9 +22,12 @@ from harness.trial import (
     Trial,
     call_port,
     draw,
+    field_known_by,
     original_model,
     place,
     port_class,
+    port_logits,
+    prepare,
     require_semantics,
     run_original,
     worst,
@@ -169,6 +172,37 @@ def _base_elsewhere(
     if state is None:
         raise Mismatch(f"AutoModel on {what} returns no last_hidden_state in a fresh process")
     return require_semantics(trial, f"last_hidden_state of {what} in a fresh process", state, expected)
+
+
+def tokenizer(trial: Trial, case: Case) -> dict[str, float]:
+    """The tokenizer beside a converted model loads in a fresh process and fits it; what it gives, the model takes.
+
+    It has special tokens, none without a row in the model, the model's padding token and its longest text. Would have
+    caught: a model_max_length of another model, a tokenizer that one line of transformers cannot read,
+    token_type_ids that forward does not take.
+    """
+    if trial.port.loader != "command":
+        raise Skip("nothing but a converter program puts a tokenizer beside the model")
+    saved = directory(trial, case, original_model(trial, case))
+    request = {"directory": str(saved), "text": "two words"}
+    answer = trial.sandbox.run("load_tokenizer", request, hidden_paths=[trial.port.root])
+    values = answer.values
+    if values["missing"]:
+        raise Mismatch(f"the tokenizer has no {values['missing'][0]}")
+    rows, longest = case.fields[trial.family.vocabulary], case.fields[trial.family.maximum_length]
+    if values["largest"] >= rows:
+        raise Mismatch(f"the tokenizer has a token {values['largest']}, the model {rows} rows")
+    if values["longest"] != longest:
+        raise Mismatch(f"the tokenizer's longest text is {values['longest']} tokens, the model's {longest}")
+    pad = field_known_by(trial, case.fields, "pad_token_id")
+    if pad is not None and values["pad_token_id"] != case.fields[pad]:
+        raise Mismatch(f"the tokenizer pads with {values['pad_token_id']}, the model with {case.fields[pad]}")
+    encoded = {name.removeprefix("encoded."): tensor[:, :longest] for name, tensor in answer.tensors.items()}
+    extra = {name: tensor for name, tensor in encoded.items() if name != "input_ids"}
+    pair = prepare(trial, case)
+    actual = port_logits(trial, pair.port, encoded["input_ids"], **extra)
+    expected = run_original(trial, pair.original, encoded["input_ids"], encoded["input_ids"])["logits"]
+    return require_semantics(trial, "logits of an encoded text", actual, expected)
 
 
 def generation(trial: Trial, case: Case) -> dict[str, float]:

@@ -111,6 +111,29 @@ def _arranged_on_purpose(trial: Trial, case: Case) -> bool:
     return actual.shape == expected.shape and relative_error(actual, expected) <= FLOAT32_INSIDE_BOUND
 
 
+def configuration(trial: Trial, case: Case) -> dict[str, float]:
+    """What the port's own converter returns has the configuration of the file, dropout too.
+
+    Fields that change no logit until somebody trains would be missed otherwise. Would have caught: a dropout left out
+    of the mapping, an initial range or a padding token that stays at its default.
+    """
+    if trial.port.loader not in ("checkpoint", "command"):
+        raise Skip("the port declares no converter")
+    if trial.family.dropout is not None:
+        case = dataclasses.replace(case, fields={**case.fields, trial.family.dropout: DROPOUT})
+    model = checkpoint.load(trial, checkpoint.write(trial, case, original_model(trial, case, dtype="float32")))
+    config = getattr(model, "config", None)
+    for field, value in case.fields.items() if config is not None else ():
+        try:
+            name = port_field(trial, type(config), field)
+        except Mismatch:
+            continue  # config.fields says so
+        if getattr(config, name, None) != value:
+            found = getattr(config, name, None)
+            raise Mismatch(f"the converter makes a model with {name}={found!r} of a file with {field}={value!r}")
+    return {}
+
+
 def evaluation_mode(trial: Trial, case: Case) -> dict[str, float]:
     """What the port's own converter returns is in evaluation mode, as what `from_pretrained` returns is.
 
@@ -291,8 +314,8 @@ def read_again(trial: Trial, case: Case) -> dict[str, float]:
 def program(trial: Trial, case: Case) -> dict[str, float]:
     """The converter program makes the same model whether it is started from a shell or forked as the gate forks it.
 
-    Would have caught: a program that works only where somebody has imported the frameworks before it, one that is
-    found through its user's environment.
+    Where it writes the weights in two formats, both hold the same. Would have caught: a program that works only where
+    somebody has imported the frameworks before it; a pytorch_model.bin that is not what model.safetensors is.
     """
     if trial.port.loader != "command":
         raise Skip("the port's load is not a program")
@@ -303,7 +326,11 @@ def program(trial: Trial, case: Case) -> dict[str, float]:
         raise Mismatch(f"the converter writes {odd[0]} in one process and not in another")
     cls: Any = port_class(trial)
     what = "the converter started from a shell"
-    _require_same_model(trial, case, what, cls.from_pretrained(started), cls.from_pretrained(forked))
+    model = cls.from_pretrained(forked)
+    _require_same_model(trial, case, what, cls.from_pretrained(started), model)
+    if {"model.safetensors", "pytorch_model.bin"} <= set(names[0]):
+        other = cls.from_pretrained(forked, use_safetensors=False)
+        _require_same_model(trial, case, "the pytorch_model.bin of the converter", other, model)
     return {"files": float(len(names[0]))}
 
 

@@ -119,6 +119,27 @@ def load_two(request: Mapping[str, Any], tensors: Tensors) -> tuple[Values, Tens
     return values, answer
 
 
+def load_tokenizer(request: Mapping[str, Any], tensors: Tensors) -> tuple[Values, Tensors]:
+    """Loads the tokenizer of `directory` and has it encode `text`.
+
+    Answer: `length` (its number of tokens), `largest` (the largest id), `pad_token_id`, `longest` (model_max_length),
+    `missing` (special tokens it does not have), tensors `encoded.*` (1, tokens).
+    """
+    import transformers
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(request["directory"], trust_remote_code=True)
+    encoded = tokenizer(request["text"], return_tensors="pt")
+    needed = ("cls_token", "sep_token", "pad_token", "mask_token", "unk_token")
+    values = {
+        "length": len(tokenizer),
+        "largest": max(tokenizer.get_vocab().values()),
+        "pad_token_id": tokenizer.pad_token_id,
+        "longest": tokenizer.model_max_length,
+        "missing": [name for name in needed if getattr(tokenizer, name, None) is None],
+    }
+    return values, {f"encoded.{name}": tensor for name, tensor in encoded.items()}
+
+
 def run_program(request: Mapping[str, Any], tensors: Tensors) -> tuple[Values, Tensors]:
     """Runs a Python program in the directory `root` as an interpreter would: `module` or `file`, `arguments`.
 
@@ -160,6 +181,7 @@ def _end(stream: io.StringIO) -> str:
 JOBS: Mapping[str, Callable[[Mapping[str, Any], Any], tuple[Values, Any]]] = {
     "load_and_run": load_and_run,
     "load_two": load_two,
+    "load_tokenizer": load_tokenizer,
     "run_program": run_program,
     "push": push,
     "pull": pull,

@@ -160,6 +160,7 @@ FAMILY = Family(
             "original_only",
             "taps",
             "tied_embeddings",
+            "tokenizer",
         }
     ),
     configurations=configurations,

@@ -16,6 +16,10 @@ in_model = functools.partial(planted, ROOM + "model.py", load="state_dict")
 in_rotary = functools.partial(planted, ROOM + "rotary.py", load="state_dict")
 in_config = functools.partial(planted, ROOM + "configuration_neobert.py", load="state_dict")
 
+in_export = functools.partial(planted, ROOM + "export.py")
+in_checkpoint = functools.partial(planted, ROOM + "checkpoint.py")
+in_assets = functools.partial(planted, ROOM + "tokenizer_assets.py")
+
 BY_CHOICE = "    by_choice = torch.where(attention_mask == 0, -math.inf, nothing)\n"
 EAGER_MASK = "        scores = scores + attention_mask\n"
 TO_QUERY = "            attention_mask = attention_mask.to(query.dtype)  # narrower under autocast\n"
@@ -366,7 +370,7 @@ COMPUTATION: tuple[Mutant, ...] = (
     in_model(
         "dropout_in_evaluation",
         "eager attention drops in evaluation too",
-        "forward.deterministic backend.attention",
+        "forward.deterministic",
         "    dropped = F.dropout(weights, p=dropout, training=module.training)\n",
         "    dropped = F.dropout(weights, p=module.config.dropout)\n",
     ),
@@ -569,6 +573,121 @@ LIBRARY: tuple[Mutant, ...] = (
     ),
 )
 
+EXPORT: tuple[Mutant, ...] = (
+    in_export(
+        "helper_not_exported",
+        "rotary.py stays behind",
+        "forward.logits weights.values",
+        'CODE = ("configuration_neobert.py", "model.py", "rotary.py")',
+        'CODE = ("configuration_neobert.py", "model.py")',
+    ),
+    in_export(
+        "auto_map_of_base",
+        "the masked language model's Auto class is given the base model",
+        "remote_code.outputs remote_code.cold",
+        '    "AutoModelForMaskedLM": "model.NeoBERTLMHead",\n',
+        '    "AutoModelForMaskedLM": "model.NeoBERT",\n',
+    ),
+    in_export(
+        "auto_map_without_classifier",
+        "no auto_map entry for the classifier",
+        "heads.saved",
+        '    "AutoModelForSequenceClassification": "model.NeoBERTForSequenceClassification",\n',
+        "",
+    ),
+    in_export(
+        "dropout_not_mapped",
+        "the dropout of the run is left out of config.json",
+        "weights.configuration",
+        "        **{name: fields[name] if name in fields else defaults[name] for name in _SAME_NAMES},\n",
+        '        **{name: fields.get(name, defaults.get(name)) for name in _SAME_NAMES if name != "dropout"},\n',
+    ),
+    in_export(
+        "padding_not_mapped",
+        "the padding token is 0 in config.json, whatever it was",
+        "weights.configuration",
+        "        **{name: fields[name] if name in fields else defaults[name] for name in _SAME_NAMES},\n",
+        '        **{name: fields.get(name, defaults.get(name)) for name in _SAME_NAMES if name != "pad_token_id"},\n',
+    ),
+    in_export(
+        "initial_range_not_mapped",
+        "the initial range of embeddings is left out of config.json",
+        "weights.configuration",
+        '    "pad_token_id", "rms_norm", "rope", "hidden_act", "embedding_init_range", "decoder_init_range", "dropout",\n',
+        '    "pad_token_id", "rms_norm", "rope", "hidden_act", "decoder_init_range", "dropout",\n',
+    ),
+    in_export(
+        "epsilon_not_mapped",
+        "the epsilon of the run is left out of config.json",
+        "forward.logits weights.values",
+        '    "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size", "norm_eps",\n',
+        '    "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size",\n',
+    ),
+    in_export(
+        "tie_not_written",
+        "config.json says nothing of the tie",
+        "weights.values weights.tied forward.logits",
+        '    "tie_word_embeddings",\n)  # fmt: skip\n',
+        ")  # fmt: skip\n",
+    ),
+    in_export(
+        "written_is_not_compared",
+        "what is written is not what was compared",
+        "weights.values",
+        "                write(name, tensor)\n",
+        '                write(name, tensor.flip(0) if name.endswith("wo.weight") else tensor)\n',
+    ),
+    in_export(
+        "written_by_half",
+        "numbers are rounded to half precision on the way",
+        "weights.values weights.coverage",
+        "                write(name, tensor)\n",
+        "                write(name, tensor.to(torch.bfloat16).to(tensor.dtype))\n",
+    ),
+    in_export(
+        "bin_is_another",
+        "pytorch_model.bin holds other numbers than model.safetensors",
+        "weights.program",
+        "            write_torch(name, tensor)\n",
+        "            write_torch(name, tensor * 2)\n",
+    ),
+    in_checkpoint(
+        "bias_of_zeros",
+        "the decoder's offset is zero though the checkpoint has one",
+        "weights.values weights.coverage",
+        "    if name == DECODER_BIAS and name not in run.tensors:\n",
+        "    if name == DECODER_BIAS:\n",
+    ),
+    in_checkpoint(
+        "packed_the_other_way",
+        "the packed gate is taken for what it multiplies",
+        "weights.older_dialects",
+        "            tensors[name] = rows(packed, (number - 1) * inner, number * inner)\n",
+        "            tensors[name] = rows(packed, (2 - number) * inner, (3 - number) * inner)\n",
+    ),
+    in_checkpoint(
+        "dropout_name",
+        "the dropout is read under one of its two names alone",
+        "weights.configuration",
+        '    if "dropout" not in given and section.get("dropout_prob") is not None:\n',
+        "    if False:\n",
+    ),
+    in_checkpoint(
+        "tie_guessed",
+        "a checkpoint is taken for tied whatever its tensors are",
+        "weights.values weights.tied forward.logits",
+        "    if declared is False:\n        return False\n",
+        "    return True\n",
+    ),
+    in_assets(
+        "tokenizer_length",
+        "the tokenizer keeps the longest text that it was saved with",
+        "remote_code.tokenizer",
+        '    written = {**settings, "model_max_length": fields["max_length"]}\n',
+        '    written = {**settings, "model_max_length": 512}\n',
+    ),
+)
+
 HARMLESS: tuple[Mutant, ...] = (
     in_rotary(
         "rope_by_complex_numbers",
@@ -584,6 +703,7 @@ HARMLESS: tuple[Mutant, ...] = (
         "        query, key, value = heads.chunk(3, dim=-1)\n",
         "        query, key, value = (part.transpose(1, 2) for part in heads.transpose(1, 2).split(self.head_dim, dim=-1))\n",
     ),
+    in_export("one_tensor_waits", "fewer tensors wait for the disk", "", "_WAITING = 2  #", "_WAITING = 1  #"),
 )
 
-MUTANTS = (*MASKS, *POSITIONS, *COMPUTATION, *LOSSES, *HEADS, *LIBRARY, *HARMLESS)
+MUTANTS = (*MASKS, *POSITIONS, *COMPUTATION, *LOSSES, *HEADS, *LIBRARY, *EXPORT, *HARMLESS)
