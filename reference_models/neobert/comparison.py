@@ -74,8 +74,8 @@ def compare(
 
     The error is the largest difference over the root mean square of what the training model gives, in float64, after
     the embeddings, inside and after every block, and for the logits; on texts with and without padding, of one token,
-    of a few, of the longest and, with rotary positions, one longer. Where the weights are many, the long texts go
-    through one layer of one head with the same settings and random weights instead.
+    of a few, of the longest and, with rotary positions, one longer. Where the weights are many, they meet the padded
+    texts only, and the others go through one layer of one head with the same settings and random weights.
 
     A wrong field in config.json, or fault in the code, shows. What is wrong in `config` itself does not if every
     tensor fits it: a number of heads, an epsilon, an intermediate_size of the same rounded width.
@@ -95,13 +95,13 @@ def compare(
         weights = sum(math.prod(shape) for name, (_, shape) in layout.items() if name not in _VOCABULARY_TENSORS)
         vocabulary = min(config.vocab_size, max(_VOCABULARY, config.pad_token_id + 2))
         weights += vocabulary * config.hidden_size
-        short, long = cases(dataclasses.replace(config, vocab_size=vocabulary))
-        is_small = sum(case.ids.numel() for case in (*short, *long)) * weights <= _BUDGET
+        padded, *others = cases(dataclasses.replace(config, vocab_size=vocabulary))
+        is_small = sum(case.ids.numel() for case in (padded, *others)) * weights <= _BUDGET
         _compare(
             dataclasses.replace(config, vocab_size=vocabulary),
             code,
             settings | {"vocab_size": vocabulary},
-            cases=[*short, *long] if is_small else short,
+            cases=[padded, *others] if is_small else [padded],
             names=layout,
             load=lambda name: load(name)[:vocabulary] if name in _VOCABULARY_TENSORS else load(name),
         )
@@ -109,34 +109,34 @@ def compare(
             _compare_narrow(config, code, settings)
 
 
-def cases(config: NeoBERTConfig) -> tuple[list[Case], list[Case]]:
-    """Return short texts, with and without padding and masks, and long ones."""
+def cases(config: NeoBERTConfig) -> list[Case]:
+    """Return texts of all kinds; the first one, some with padding on either side and some without, has the most."""
     generator = torch.Generator().manual_seed(0)
 
     def ids(rows: int, tokens: int) -> Tensor:
         drawn = torch.randint(config.vocab_size - 1, (rows, tokens), generator=generator)
         # Any token but padding: learned positions do not count that.
-        return drawn + (drawn >= config.pad_token_id) if config.vocab_size > 1 else drawn
+        return drawn + (drawn >= config.pad_token_id)
 
     length = min(5, config.max_length)
     padded, mask = ids(3, length), torch.ones(3, length, dtype=torch.long)
     mask[1, max(1, length - 2) :] = 0
     mask[2, : min(1, length - 1)] = 0
     padded[mask == 0] = config.pad_token_id
-    short = [
+    longest = min(config.max_length, _LONGEST)
+    texts = [
+        Case(f"3 rows of {length} tokens, padded right and left", padded, mask),
         Case("one token", ids(1, 1), None),
         Case(f"{length} tokens without a mask", ids(1, length), None),
-        Case(f"3 rows of {length} tokens, padded right and left", padded, mask),
+        Case(f"{longest} tokens, the longest text", ids(1, longest), None),
     ]
-    longest = min(config.max_length, _LONGEST)
-    long = [Case(f"{longest} tokens, the longest text", ids(1, longest), None)]
     if config.rope:
-        long.append(Case(f"{longest + 1} tokens, one beyond the longest text", ids(1, longest + 1), None))
-    return short, long
+        texts.append(Case(f"{longest + 1} tokens, one beyond the longest text", ids(1, longest + 1), None))
+    return texts
 
 
 def _compare_narrow(config: NeoBERTConfig, code: ModuleType, settings: Mapping[str, Any]) -> None:
-    """Send the long texts through one layer of one head with random weights, and all other settings as they are."""
+    """Send all texts through one layer of one head with random weights, and all other settings as they are."""
     narrow: dict[str, Any] = {
         "hidden_size": config.dim_head,
         "num_attention_heads": 1,
@@ -157,10 +157,9 @@ def _compare_narrow(config: NeoBERTConfig, code: ModuleType, settings: Mapping[s
         drawn = torch.randn(shapes[name], generator=generator, dtype=torch.float64)
         return 1 + 0.2 * drawn if drawn.dim() == 1 else drawn / drawn.shape[-1] ** 0.5
 
-    _, long = cases(small)
     theirs = {**settings, **narrow, "max_position_embeddings": narrow["max_length"]}
     try:
-        _compare(small, code, theirs, cases=long, names=shapes, load=load)
+        _compare(small, code, theirs, cases=cases(small), names=shapes, load=load)
     except ComparisonError as error:
         raise ComparisonError(f"{error}, in a layer of one head with random weights") from None
 

@@ -25,7 +25,10 @@ from torch import Tensor
 
 from reference_models.nanogpt.checkpoint import CheckpointError, open_archive, reading
 
-_CHUNK = 1 << 22  # bytes that are read, checked and summed while they are in the processor's cache
+_CHUNK = 1 << 20  # bytes
+# Numbers that are read, checked and summed while they are in the processor's cache; just so many that torch sums them
+# without another thread, for which it would wait on a busy machine.
+_TOGETHER = 32_000
 _LONGEST_HEADER = 100_000_000  # what the safetensors library allows too
 _STORAGE_TYPES = {
     "DoubleStorage": torch.float64,
@@ -121,8 +124,8 @@ def read_tensor(source: TensorFile, name: str, *, stored: StoredTensor | None = 
         if _identity(file) != source.identity:
             raise CheckpointError(source.path, "was written anew while it was read; expected a file that nobody writes")
         file.seek(stored.storage.offset + stored.start * width)
-        for begin in range(0, len(content), _CHUNK):
-            chunk = content[begin : begin + _CHUNK]
+        for begin in range(0, len(content), _TOGETHER * width):
+            chunk = content[begin : begin + _TOGETHER * width]
             if file.readinto(chunk) != len(chunk):  # type: ignore[attr-defined]
                 raise CheckpointError(source.path, f"is truncated: {name} ends early")
             if stored.storage.checksum is not None:
