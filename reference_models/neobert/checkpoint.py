@@ -38,6 +38,7 @@ __all__ = [
     "read_json",
     "read_run",
     "read_weight",
+    "to_disk",
     "whole_directory",
     "write_run",
 ]
@@ -233,12 +234,15 @@ def whole_directory(directory: Path) -> Iterator[Path]:
         staging.mkdir()
         yield staging
         for place in (*staging.rglob("*"), staging):
-            _to_disk(place)
+            to_disk(place)
         os.rename(staging, directory)
         is_done = True
-        _to_disk(directory.parent)
+        to_disk(directory.parent)
     except OSError as error:
-        raise OSError(error.errno, error.strerror or str(error), os.fspath(directory)) from None
+        # Of the file that could not be read; what was written has a name that nobody knows.
+        is_read = error.filename is not None and not str(error.filename).startswith(os.fspath(staging))
+        culprit = os.fsdecode(error.filename) if is_read else os.fspath(directory)
+        raise OSError(error.errno, error.strerror or str(error), culprit) from None
     finally:
         if not is_done:
             shutil.rmtree(staging, ignore_errors=True)
@@ -505,7 +509,8 @@ def _remove_if_empty(directory: Path) -> None:
         directory.rmdir()
 
 
-def _to_disk(place: Path) -> None:
+def to_disk(place: Path) -> None:
+    """Wait until a file, or the names in a directory, are on the disk. Raises OSError."""
     descriptor = os.open(place, os.O_RDONLY)
     try:
         os.fsync(descriptor)

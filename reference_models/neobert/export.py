@@ -13,7 +13,6 @@ import importlib.metadata
 import json
 import math
 import os
-import shutil
 import signal
 import sys
 import warnings
@@ -27,7 +26,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from .checkpoint import DECODER, DECODER_BIAS, CheckpointError, layout, read_run, read_weight, whole_directory
+from .checkpoint import DECODER, DECODER_BIAS, CheckpointError, layout, read_run, read_weight, to_disk, whole_directory
 from .comparison import ComparisonError, compare
 from .original import NeoBERTConfig
 from .readme import model_card
@@ -48,6 +47,7 @@ _SAME_NAMES = (
     "tie_word_embeddings",
 )  # fmt: skip
 _WAITING = 2  # tensors that were read and are not written yet
+_UNFLUSHED = 1 << 26  # bytes
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -105,7 +105,7 @@ def export(checkpoint: str | os.PathLike[str], *, output: str | os.PathLike[str]
         config = json.dumps(config_fields(run.fields, written), indent=2, allow_nan=False)
         (staging / "config.json").write_text(config + "\n", encoding="utf-8")
         for name in CODE:
-            shutil.copyfile(Path(__file__).with_name(name), staging / name)
+            (staging / name).write_bytes(Path(__file__).with_name(name).read_bytes())
         write_assets(assets, staging)
         card = model_card(run, assets, directory=directory, layout=written)
         (staging / "README.md").write_text(card, encoding="utf-8")
@@ -154,11 +154,15 @@ def config_fields(fields: Mapping[str, Any], written: Layout) -> dict[str, Any]:
 @contextmanager
 def _weight_files(directory: Path, written: Layout) -> Iterator[Callable[[str, Tensor], None]]:
     """Give a function that hands a tensor to both files; they are written beside what the caller does meanwhile."""
+    files = (directory / "model.safetensors", directory / "pytorch_model.bin")
     waiting: deque[Future[None]] = deque()
+    flushed: deque[Future[None]] = deque()
+    unflushed = 0
     with (
-        safetensors_file(directory / "model.safetensors", written) as write_safetensors,
-        torch_file(directory / "pytorch_model.bin", written) as write_torch,
+        safetensors_file(files[0], written) as write_safetensors,
+        torch_file(files[1], written) as write_torch,
         ThreadPoolExecutor(max_workers=1) as writer,
+        ThreadPoolExecutor(max_workers=1) as flusher,
     ):
 
         def write_both(name: str, tensor: Tensor) -> None:
@@ -166,13 +170,21 @@ def _weight_files(directory: Path, written: Layout) -> Iterator[Callable[[str, T
             write_torch(name, tensor)
 
         def write(name: str, tensor: Tensor) -> None:
+            nonlocal unflushed
             while len(waiting) >= _WAITING:
                 waiting.popleft().result()
             waiting.append(writer.submit(write_both, name, tensor))
+            unflushed += tensor.nbytes
+            if unflushed >= _UNFLUSHED and all(flush.done() for flush in flushed):
+                # So that the disk is at work already, and not all of it is left to the end.
+                flushed.extend(flusher.submit(to_disk, file) for file in files)
+                unflushed = 0
 
         yield write
         while waiting:
             waiting.popleft().result()
+        while flushed:
+            flushed.popleft().result()
 
 
 @contextmanager

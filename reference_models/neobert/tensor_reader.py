@@ -132,8 +132,9 @@ def read_tensor(source: TensorFile, name: str, *, stored: StoredTensor | None = 
     is_whole = len(content) == stored.storage.size
     if is_whole and stored.storage.checksum is not None and checksum != stored.storage.checksum:
         raise CheckpointError(source.path, f"is damaged: {name} does not have the checksum it was written with")
-    tensor = numbers.view(stored.shape)
-    if not is_dense:
+    if is_dense:
+        tensor = numbers.view(stored.shape)
+    else:
         tensor = numbers.as_strided(stored.shape, stored.stride).contiguous()
         is_finite = _is_finite(tensor)
     if not is_finite:

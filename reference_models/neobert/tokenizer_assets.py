@@ -7,7 +7,6 @@ The files are handled as files: what the installed transformers would write of t
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,6 +46,10 @@ def read_assets(directory: Path, fields: Mapping[str, Any]) -> Assets:
     settings = read_json(settings_file)
     if "auto_map" in settings:
         raise CheckpointError(settings_file, "has auto_map: the tokenizer needs code of its own, which is not run here")
+    if not pipeline_file.exists():
+        raise CheckpointError(
+            pipeline_file, "not found; expected that of a fast tokenizer: load it with AutoTokenizer and save it again"
+        )
     pipeline = read_json(pipeline_file)
     entries = _entries(pipeline_file, pipeline)
     tokens = _special_tokens(directory, settings)
@@ -85,7 +88,7 @@ def read_assets(directory: Path, fields: Mapping[str, Any]) -> Assets:
 def write_assets(assets: Assets, directory: Path) -> None:
     """Write the tokenizer's files into a directory."""
     for file in assets.copied:
-        shutil.copyfile(file, directory / file.name)
+        (directory / file.name).write_bytes(file.read_bytes())
     for name, text in assets.texts.items():
         (directory / name).write_text(text, encoding="utf-8")
 
