@@ -34,7 +34,10 @@ _registered: dict[str, Family] = {}
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LossConvention:
-    """How a model takes its labels: "hf" shifts inside the model, "preshifted" has them shifted already."""
+    """How a model takes its labels: "preshifted" has them shifted already; "hf" as transformers' models do.
+
+    These shift inside the model where it is causal, and nowhere where it is not: a label is the token at its position.
+    """
 
     labels: Literal["hf", "preshifted"]
     ignore_index: int
@@ -129,6 +132,30 @@ class Routing:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Head:
+    """A further class beside the port's model, on the same body, such as a classifier of whole texts.
+
+    port: the name of the class in the file of the port's model. auto_class: what loads a saved one.
+    options: keywords of its configuration, each set a head of its own.
+    original: `module:Class` of the original. build_original: (class, fields, options) -> module in evaluation mode.
+    run_original: (module, tokens, mask (rows, tokens) bool) -> logits (rows, ...).
+    labels: (rows, options, seed) -> labels of a batch. loss: (logits, labels, options) -> scalar, in closed form.
+    port_key: (original's state-dict key) -> the port's key.
+    """
+
+    name: str
+    port: str
+    auto_class: str
+    options: Sequence[Fields]
+    original: str
+    build_original: Callable[[type, Fields, Fields], torch.nn.Module]
+    run_original: Callable[[torch.nn.Module, torch.Tensor, torch.Tensor], torch.Tensor]
+    labels: Callable[[int, Fields, int], torch.Tensor]
+    loss: Callable[[torch.Tensor, torch.Tensor, Fields], torch.Tensor]
+    port_key: Callable[[str], str] = str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Family:
     """One model with its conventions. Everything a check needs to know that is about one family alone.
 
@@ -137,7 +164,8 @@ class Family:
     name: the word used in descriptions and reports.
     features: what the family has; a check whose needs are not among them is skipped. Known words: `logits`, `loss`,
         `causal`, `masks`, `dropout`, `generation`, `checkpoint`, `initialisation`, `parameter_groups`, `taps`,
-        `tied_embeddings`, `learned_positions`, `attentions`, `routing`, `legacy_calls`.
+        `tied_embeddings`, `learned_positions`, `attentions`, `routing`, `legacy_calls`, `heads`,
+        `original_only`.
     configurations: a Hypothesis strategy of `Fields`, valid by construction, that shrinks to the plainest model.
     original: `module:Class` of the built-in original.
     build_original: (class, fields) -> module in evaluation mode with its default initialisation.
@@ -163,7 +191,18 @@ class Family:
     legacy_calls: how scripts written for the original call it -> such a call: (model, tokens, targets) -> outputs in
         `tuple_order`. They work on a port too.
     port_key: (original's state-dict key) -> the port's key.
-    tied: groups of state-dict keys of the original that are one tensor.
+    tied: groups of state-dict keys of the original that are one tensor; a function of the fields where these decide.
+    run_masked: as `run_original` without targets, for a family with `masks` whose original takes them: (module, tokens,
+        mask (rows, tokens) bool, True where a token is to be seen) -> outputs.
+    padding: fields -> the token id that padding has to carry, where the model tells padding by its id too; None: any
+        id, since the mask alone tells.
+    mask_axes: of an additive mask, by the family's contract: 4 (rows, 1 or heads, queries, keys), or 2 (rows, keys).
+    relative_positions: fields -> whether only the distance of two positions matters. Such a model goes on beyond its
+        maximum length. None: never.
+    first_position: the row of a learned position table that the first token has.
+    original_only: argument of the original's forward that a port cannot take -> its value for tokens (rows, tokens).
+        A port says so instead of leaving it aside.
+    heads: further classes beside the port's model, each with what it is compared to.
     maximum_length, vocabulary: names of the fields that bound positions and token ids.
     dropout: name of the field that sets the dropout probability, where there is one.
     loss: how the original takes its targets.
@@ -179,7 +218,8 @@ class Family:
     training_state: keyword of a port's way back -> a value to write there, such as the number of steps done. Those that
         the port's `to_...` takes are given.
     read_training_state: path -> the same by the same keywords, from where the original's resume code looks for each.
-    checkpoint_name: the file name `write_checkpoint` output goes by.
+    checkpoint_name: the name of the file, or of the directory, that `write_checkpoint` writes.
+    weights_file: in a checkpoint that is a directory, the file that holds the tensors.
     generate_original: (module, prompt, keyword options max_new_tokens, temperature, top_k) -> prompt + new tokens.
     parameter_groups: (original module, weight decay) -> AdamW groups of the original.
     golden: reproduces what a golden file stores, see `harness.golden`.
@@ -212,7 +252,14 @@ class Family:
         default_factory=dict
     )
     port_key: Callable[[str], str] = str
-    tied: Sequence[Sequence[str]] = ()
+    tied: Sequence[Sequence[str]] | Callable[[Fields], Sequence[Sequence[str]]] = ()
+    run_masked: Callable[[torch.nn.Module, torch.Tensor, torch.Tensor], dict[str, torch.Tensor]] | None = None
+    padding: Callable[[Fields], int | None] | None = None
+    mask_axes: Literal[2, 4] = 4
+    relative_positions: Callable[[Fields], bool] | None = None
+    first_position: int = 0
+    original_only: Mapping[str, Callable[[torch.Tensor], Any]] = dataclasses.field(default_factory=dict)
+    heads: Sequence[Head] = ()
     maximum_length: str = "max_position_embeddings"
     vocabulary: str = "vocab_size"
     dropout: str | None = None
@@ -226,6 +273,7 @@ class Family:
     training_state: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     read_training_state: Callable[[str], Mapping[str, Any]] | None = None
     checkpoint_name: str = "checkpoint.pt"
+    weights_file: str = ""
     generate_original: Callable[..., torch.Tensor] | None = None
     parameter_groups: Callable[[torch.nn.Module, float], list[dict[str, Any]]] | None = None
     golden: Callable[[Golden], Mapping[str, torch.Tensor]] | None = None
@@ -241,6 +289,21 @@ class Family:
 def taps_of(family: Family, fields: Fields) -> Sequence[Tap]:
     """The places of a configuration at which both models are compared; none where the family names none."""
     return family.taps(fields) if family.taps is not None else ()
+
+
+def tied_of(family: Family, fields: Fields) -> Sequence[Sequence[str]]:
+    """The groups of the original's keys that are one tensor in a configuration."""
+    return family.tied(fields) if callable(family.tied) else family.tied
+
+
+def padding_of(family: Family, fields: Fields) -> int | None:
+    """The id that padding has to carry in a configuration; None where any may stand there."""
+    return family.padding(fields) if family.padding is not None else None
+
+
+def has_relative_positions(family: Family, fields: Fields) -> bool:
+    """Whether only the distance of two positions matters in a configuration."""
+    return family.relative_positions is not None and family.relative_positions(fields)
 
 
 def register_family(family: Family) -> Family:

@@ -71,7 +71,7 @@ VARIABLES = {"TOKENIZERS_PARALLELISM": "false"}
 def gate(items: Iterable[Item] = ()) -> Iterator[Gate]:
     """Where the items of one run are answered. What needs fresh processes gets ready in the background, if one does."""
     with tempfile.TemporaryDirectory(prefix="parity-") as directory:
-        warm = frozenset().union(*(fresh_processes(item.check.id, item.route) for item in items))
+        warm = frozenset().union(*(fresh_processes(item.check.id, item.route, item.port.load) for item in items))
         opened = Gate(Path(directory).resolve(), warm=warm)
         try:
             yield opened
@@ -321,10 +321,11 @@ class Answerer:
         if message["question"] in HARMLESS:
             return {"value": QUESTIONS[message["question"]](self._shared, values)}
         asked = values.get("item") or values.get("recorded")
-        fresh = fresh_processes(asked["check"], asked["route"]) if asked is not None else frozenset()
+        port = _port_of(values)
+        fresh = fresh_processes(asked["check"], asked["route"], port["load"]) if asked else frozenset()
         if not fresh <= self._knows:
             self.end()
-        about = [_port_of(values), values.get("options", {}).get("report")]
+        about = [port, values.get("options", {}).get("report")]
         if self._child is None or about != self._about:
             self.end()
             self._start(about, fresh)

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from harness.errors import DescriptionError
 from harness.families import Family, read_conftest
 from harness.ports import Port, converter_spec, load_object
+from harness.programs import command_of, python_program
 from harness.results import BAD, Result
 
 if TYPE_CHECKING:
@@ -34,7 +35,8 @@ class Mutant:
 
     id: short, unique in its family. file: the edited file, relative to the port's root. find: text that occurs in it
     exactly `times` times. replace: what stands there instead. bug: what a person would call it. killers: patterns of
-    checks that are expected to notice; none for a harmless rewrite, on which the gate must stay green.
+    checks that are expected to notice; none for a harmless rewrite, on which the gate must stay green. load: how the
+    weights get in instead of the port's own way, where that would refuse the bug before any check can look at it.
     """
 
     id: str
@@ -44,6 +46,7 @@ class Mutant:
     bug: str
     killers: Sequence[str] = ()
     times: int = 1
+    load: str = ""
 
     @property
     def harmless(self) -> bool:
@@ -51,9 +54,12 @@ class Mutant:
         return not self.killers
 
 
-def planted(file: str, name: str, bug: str, killers: str, find: str, replace: str, times: int = 1) -> Mutant:
+def planted(
+    file: str, name: str, bug: str, killers: str, find: str, replace: str, times: int = 1, *, load: str = ""
+) -> Mutant:
     """A mutant in one line of a list: its id is `name`, its killers are words."""
-    return Mutant(id=name, file=file, find=find, replace=replace, times=times, bug=bug, killers=tuple(killers.split()))
+    words = tuple(killers.split())
+    return Mutant(id=name, file=file, find=find, replace=replace, times=times, bug=bug, killers=words, load=load)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -136,15 +142,20 @@ def mutated_source(mutant: Mutant, root: Path) -> str:
 
 
 def plant(mutant: Mutant, port: Port, directory: Path) -> Port:
-    """A copy of the port below `directory` with the bug in it: the files of `code`, its converter, nothing else."""
+    """A copy of the port below `directory` with the bug in it: the files of `code`, its converter, nothing else.
+
+    Of a converter that is a Python program all the files of its package, or beside its file.
+    """
     if not port.code:
         raise DescriptionError(f"port '{port.name}': selftest needs `code`, the files the port consists of")
     named = [(spec or "").rpartition(":")[0] for spec in (port.model, port.config, converter_spec(port))]
-    for file in {*port.code, mutant.file, *(file for file in named if file.endswith(".py"))}:
+    files = {*port.code, mutant.file, *(file for file in named if file.endswith(".py"))}
+    program = python_program(command_of(port, checkpoint="", out="")) if port.loader == "command" else None
+    for file in files.union(map(str, program.sources(port.root) if program else ())):
         (directory / file).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(port.root / file, directory / file)
     (directory / mutant.file).write_text(mutated_source(mutant, port.root), encoding="utf-8")
-    return dataclasses.replace(port, root=directory)
+    return dataclasses.replace(port, root=directory, load=mutant.load or port.load)
 
 
 def selftest(

@@ -172,7 +172,7 @@ class CheckItem(pytest.Item):
         from harness.checks import fresh_processes
 
         self.item, self.options = item, options
-        talks = "hub" in fresh_processes(item.check.id, item.route)
+        talks = "hub" in fresh_processes(item.check.id, item.route, item.port.load)
         for mark in filter(None, ("parity", mark_of(item.backend), "hub" if talks else None)):
             self.add_marker(mark)
 

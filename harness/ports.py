@@ -423,8 +423,19 @@ def _import_file(path: Path, spec: str) -> types.ModuleType:
     if len(parts) > 1:
         if str(folder) not in sys.path:
             sys.path.insert(0, str(folder))
-        return _run_import(".".join(parts), spec)
+        name = ".".join(parts)
+        if _leads_to(name, path):
+            return _run_import(name, spec)
     return _import_lone_file(path, spec)
+
+
+def _leads_to(name: str, path: Path) -> bool:
+    """Whether a module's name means a file here: a package of the same name may be imported from elsewhere already."""
+    try:
+        found = importlib.util.find_spec(name)
+    except Exception:  # importing it will say what is wrong
+        return True
+    return found is None or found.origin is None or Path(found.origin).resolve() == path
 
 
 def _import_lone_file(path: Path, spec: str) -> types.ModuleType:

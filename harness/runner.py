@@ -34,6 +34,7 @@ from harness.ports import (
     require_fields,
     require_named,
 )
+from harness.programs import starts_quickly
 from harness.results import BAD, Result, checks_run
 from harness.routes import main_route
 
@@ -69,6 +70,9 @@ HUB_EXAMPLES = 2
 
 COMMAND_EXAMPLES = 2
 """Cases a check tries in profile `gate` on a port whose weights a program converts, at seconds a start."""
+
+PROGRAM_EXAMPLES = 6
+"""The same, where the program is forked from a process that has the frameworks: a fraction of a second a start."""
 
 HARNESS = Path(__file__).parent
 
@@ -327,8 +331,15 @@ def _explore(item: Item, options: Options, shared: Session, directory: Path) -> 
 
 def _examples(item: Item) -> int:
     """The catalogue's count; less where a program is started, or a Hub, for every set of weights."""
-    bounds = {"command": COMMAND_EXAMPLES, "hub": HUB_EXAMPLES}
-    return min([item.check.examples, *(bounds[word] for word in (item.port.loader, item.route) if word in bounds)])
+    bounds = [HUB_EXAMPLES] if item.route == "hub" else []
+    if _converts(item):
+        bounds.append(PROGRAM_EXAMPLES if starts_quickly(item.port) else COMMAND_EXAMPLES)
+    return min([item.check.examples, *bounds])
+
+
+def _converts(item: Item) -> bool:
+    """Whether a program is started for the weights of each case."""
+    return item.port.loader == "command" and item.route != "direct"
 
 
 def replay(port: Port, case: Case, recorded: Mapping[str, Any], bundle: Path, shared: Session) -> Result:
@@ -364,7 +375,7 @@ def seed_of(item: Item, options: Options) -> int | None:
     """
     if options.profile == "nightly" and options.seed is None:
         return None
-    if item.port.loader == "command":
+    if _converts(item):
         return options.seed or 0
     return zlib.crc32(item.check.id.encode()) + 1_000_003 * (options.seed or 0)
 

@@ -18,7 +18,7 @@ from harness.cases import Case
 from harness.cases.batches import Batch, draw_batch
 from harness.cases.weights import sensitising_state
 from harness.errors import DescriptionError, Mismatch
-from harness.families import Family, Fields, nearest
+from harness.families import Family, Fields, nearest, padding_of
 from harness.ports import Port, lacks, load_object
 
 if TYPE_CHECKING:
@@ -102,6 +102,14 @@ def draw(trial: Trial, case: Case) -> Batch:
         return trial.recorded.batch
     vocabulary = case.fields[trial.family.vocabulary]
     return draw_batch(rows=case.rows, tokens=case.tokens, vocabulary=vocabulary, seed=case.seed)
+
+
+def content_tokens(trial: Trial, case: Case, tokens: torch.Tensor) -> torch.Tensor:
+    """The tokens with another in place of each that the model takes for padding by its id, so that all count."""
+    pad = padding_of(trial.family, case.fields)
+    if pad is None:
+        return tokens
+    return tokens.masked_fill(tokens == pad, (pad + 1) % case.fields[trial.family.vocabulary])
 
 
 def prepare(trial: Trial, case: Case) -> Pair:

@@ -37,8 +37,12 @@ def draw_batch(*, rows: int, tokens: int, vocabulary: int, seed: int) -> Batch:
     return Batch(tokens=stream[:, :-1].contiguous(), targets=stream[:, 1:].contiguous())
 
 
-def pad(tokens: torch.Tensor, *, side: Side, seed: int, vocabulary: int, width: int) -> Padded:
+def pad(
+    tokens: torch.Tensor, *, side: Side, seed: int, vocabulary: int, width: int, pad_id: int | None = None
+) -> Padded:
     """Puts a different number of pad positions (random ids) into every row of `tokens`, up to `width` in all.
+
+    pad_id: what stands at pad positions instead of random ids.
 
     tokens: (rows, n) int64 with n <= width. Every row keeps at least one real token, its first ones; a row may keep
     all. `interior` leaves the first and the last real token at the ends of the row.
@@ -48,6 +52,8 @@ def pad(tokens: torch.Tensor, *, side: Side, seed: int, vocabulary: int, width: 
     generator = torch.Generator().manual_seed(seed + 2)
     rows, count = tokens.shape
     padded = torch.randint(0, vocabulary, (rows, width), generator=generator)
+    if pad_id is not None:
+        padded.fill_(pad_id)
     mask = torch.zeros(rows, width, dtype=torch.bool)
     for row in range(rows):
         most = min(count, width - 1) if row == 0 and width > 1 else min(count, width)

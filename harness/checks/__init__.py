@@ -57,10 +57,13 @@ def check_ids() -> list[str]:
     return [check.id for check in CATALOGUE]
 
 
-def fresh_processes(check: str, route: str) -> frozenset[str]:
-    """Where the model under test runs besides, by a check's id and its route: names of sandboxes of a Session."""
+def fresh_processes(check: str, route: str, load: str) -> frozenset[str]:
+    """Where the model under test, or the port's converter, runs besides: names of sandboxes of a Session.
+
+    By a check's id, its route, and how the port's weights get in.
+    """
     words = (route, check.partition(".")[0])
-    offline = "remote_code" in words or check == "hub.offline"
+    offline = "remote_code" in words or check in ("hub.offline", "heads.saved") or load.startswith("command:")
     return frozenset({"sandbox"} if offline else ()) | frozenset({"hub"} if "hub" in words else ())
 
 
@@ -82,6 +85,7 @@ CATALOGUE: tuple[Check, ...] = (
     Check(id="weights.back_to_original", needs=("checkpoint",), examples=5),
     Check(id="weights.dialects", needs=("checkpoint",), examples=4),
     Check(id="weights.older_dialects", needs=("checkpoint",), examples=4),
+    Check(id="weights.program", needs=("checkpoint",), examples=1),
     Check(id="weights.read_again", needs=("checkpoint",), examples=1),
     Check(id="weights.dtypes", needs=("checkpoint",), examples=2),
     Check(id="weights.whole_numbers", needs=("checkpoint", "dropout"), examples=1),
@@ -98,9 +102,10 @@ CATALOGUE: tuple[Check, ...] = (
     Check(id="forward.causal", needs=("causal",), devices=True, cases="independent"),
     Check(id="forward.deterministic", needs=("logits",), devices=True),
     Check(id="forward.inputs_embeds", needs=("logits",), devices=True, cases="independent"),
-    Check(id="forward.position_ids", needs=("learned_positions", "causal"), devices=True),
+    Check(id="forward.position_ids", needs=("learned_positions",), devices=True),
     Check(id="masks.none_is_ones", needs=("masks",), devices=True),
     Check(id="masks.additive", needs=("masks",), devices=True),
+    Check(id="masks.original", needs=("masks",), devices=True),
     Check(id="masks.right_padding", needs=("masks",), devices=True, cases="independent"),
     Check(id="masks.left_padding", needs=("masks",), devices=True, cases="independent"),
     Check(id="masks.interior_padding", needs=("masks",), devices=True, cases="independent"),
@@ -224,6 +229,10 @@ CATALOGUE: tuple[Check, ...] = (
     Check(id="backend.compiled", needs=("logits",), examples=1, cases="routed"),
     Check(id="process.settings", needs=("logits",), examples=1),
     Check(id="process.random_numbers", needs=("logits",), examples=1),
+    Check(id="heads.logits", needs=("heads",), examples=6),
+    Check(id="heads.loss", needs=("heads",), examples=3),
+    Check(id="heads.saved", needs=("heads",), examples=2),
+    Check(id="api.original_only", needs=("original_only",), examples=1),
     Check(id="api.output_type", needs=("logits",), examples=3),
     Check(id="api.tuple_order", needs=("logits",), examples=3),
     Check(id="api.legacy_calls", needs=("legacy_calls", "loss"), examples=3),

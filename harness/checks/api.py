@@ -7,11 +7,11 @@ import contextlib
 import dataclasses
 import inspect
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 
-from harness.capture import capture
+from harness.capture import watch
 from harness.cases import Case
 from harness.checks.loss import at_least_two_tokens, port_labels
 from harness.errors import Mismatch, Skip
@@ -159,6 +159,28 @@ def legacy_calls(trial: Trial, case: Case) -> dict[str, float]:
     return worst(*numbers)
 
 
+def original_only(trial: Trial, case: Case) -> dict[str, float]:
+    """What only the original's forward takes, a port refuses by name; it does not leave it aside without a word.
+
+    Would have caught: `**kwargs` that swallow the lengths of packed texts, which then attend to each other.
+    """
+    pair = prepare(trial, at_least_two_tokens(case))
+    tokens = pair.batch.tokens.to(next(pair.port.parameters()).device)
+    for name, value in trial.family.original_only.items():
+        try:
+            with torch.no_grad():
+                pair.port(tokens, **{name: value(tokens)})
+        except (TypeError, ValueError, NotImplementedError) as error:
+            if name not in str(error):
+                raise Mismatch(f"'{name}' is refused with another reason: {first_line(error)}") from None
+            continue
+        except Exception as error:
+            kind = f"{type(error).__name__}: {first_line(error)}"
+            raise Mismatch(f"'{name}' ends in {kind}; expected a TypeError or ValueError that names it") from None
+        raise Mismatch(f"forward takes '{name}', which only the original has, and leaves it aside without a word")
+    return {}
+
+
 def configured_outputs(trial: Trial, case: Case) -> dict[str, float]:
     """What the configuration asks to be returned is returned as if a caller had asked for it.
 
@@ -265,11 +287,13 @@ def hidden_states(trial: Trial, case: Case) -> dict[str, float]:
     assert trial.family.taps is not None  # the check needs taps
     places = {tap.name: tap.original for tap in trial.family.taps(case.fields)}
     tokens, targets = pair.batch.tokens, pair.batch.targets
-    _, seen = capture(pair.original, places, lambda: run_original(trial, pair.original, tokens, targets))
-    blocks = [name for name in places if name.count(".") == 1 and name.startswith("block.")]
-    if absent := [name for name in ("embedding", "final_norm") if name not in places]:
+    blocks = [path for name, path in places.items() if name.count(".") == 1 and name.startswith("block.")]
+    if absent := [name for name in ("block.0", "final_norm") if name not in places]:
         raise Skip(f"family '{trial.family.name}' names no tap '{absent[0]}', which hidden states are compared at")
-    expected = [seen["embedding"], *(seen[name] for name in blocks[:-1]), seen["final_norm"]]
+    _, calls = watch(pair.original, lambda: run_original(trial, pair.original, tokens, targets))
+    ran = {call.path: call for call in calls}
+    # Whatever is added to the embedding, a block is given the sum.
+    expected = [ran[path].inputs[0] for path in blocks] + [cast(torch.Tensor, ran[places["final_norm"]].output)]
     # With gradients: the same states are then asked for theirs.
     states = getattr(call_port(trial, pair.port, tokens, output_hidden_states=True), "hidden_states", None)
     if states is None:

@@ -343,7 +343,8 @@ def common_names(trial: Trial, case: Case) -> dict[str, float]:
     config = _config(trial, case)
     if not isinstance(config, PretrainedConfig):
         raise Skip(f"{type(config).__name__} is not a transformers configuration")
-    if not any(hasattr(config, common) for common in COMMON_NAMES if common not in case.fields):
+    others = [common for common in COMMON_NAMES if common not in case.fields]
+    if others and not any(hasattr(config, common) for common in others):
         raise Skip("the configuration has names of its own alone (an attribute_map would add the common ones)")
     for common in COMMON_NAMES:
         field = field_known_by(trial, case.fields, common)

@@ -12,6 +12,7 @@ from harness import localise
 from harness.cases import Case, large_cases
 from harness.checks.loss import at_least_two_tokens, original_targets, port_labels
 from harness.errors import Mismatch, Skip
+from harness.families import has_relative_positions
 from harness.layout import layout_of
 from harness.ports import first_line
 from harness.routes import carry, logits_by
@@ -19,6 +20,7 @@ from harness.trial import (
     Pair,
     Trial,
     call_port,
+    content_tokens,
     copied,
     draw,
     each_attention,
@@ -127,21 +129,32 @@ def large(trial: Trial, case: Case) -> dict[str, float]:
 def beyond_maximum(trial: Trial, case: Case) -> dict[str, float]:
     """One token more than the position table has is refused with a ValueError that names the maximum.
 
-    So is the one that a cache leaves no place for, and a position the table does not have. Would have caught: an
-    IndexError from the table (on CUDA a device-side assertion that ends the process), and positions that wrap around
-    and give finite, wrong logits.
+    So is the one that a cache leaves no place for, and a position the table does not have. Where only distances of
+    positions matter there is no such end: the original's logits go on. Would have caught: an IndexError from the table
+    (on CUDA a device-side assertion that ends the process), and positions that wrap around and give finite, wrong
+    logits; a table of rotations that does not grow.
     """
     maximum = case.fields[trial.family.maximum_length]
+    if has_relative_positions(trial.family, case.fields):
+        pair = prepare(trial, case)
+        batches = [draw(trial, dataclasses.replace(case, tokens=maximum + more)) for more in (8, 1, 0)]
+        return worst(
+            *(
+                _same_logits(trial, case, pair, b.tokens, b.targets, f"logits of {b.tokens.shape[1]} tokens")
+                for b in batches
+            )
+        )
+    last = maximum - 1 + trial.family.first_position
     port = place(trial, carry(trial, case, original_model(trial, case)))
-    tokens = draw(trial, dataclasses.replace(case, tokens=maximum + 1)).tokens
+    tokens = content_tokens(trial, case, draw(trial, dataclasses.replace(case, tokens=maximum + 1)).tokens)
     _refused(maximum, f"{maximum + 1} tokens", lambda: port_logits(trial, port, tokens))
     if takes(port, "position_ids"):
         try:
-            port_logits(trial, port, tokens[:1, :1], position_ids=torch.tensor([[maximum]]))
+            port_logits(trial, port, tokens[:1, :1], position_ids=torch.tensor([[last + 1]]))
         except (ValueError, AssertionError, IndexError):
             pass
         else:
-            raise Mismatch(f"position {maximum} is accepted, the position table ends at {maximum - 1}")
+            raise Mismatch(f"position {last + 1} is accepted, the position table ends at {last}")
     if takes(port, "past_key_values") and "generation" in trial.family.features:
         with torch.no_grad():
             cached = getattr(call_port(trial, port, tokens[:, :-1], use_cache=True), "past_key_values", None)
@@ -264,9 +277,13 @@ def deterministic(trial: Trial, case: Case) -> dict[str, float]:
     """
     fields = {**case.fields, **({trial.family.dropout: 0.5} if trial.family.dropout else {})}
     pair = prepare(trial, dataclasses.replace(case, fields=fields))
-    first, second = (port_logits(trial, pair.port, pair.batch.tokens) for _ in range(2))
-    if not torch.equal(first, second):
-        raise Mismatch("two calls in evaluation mode differ", tensors={"actual": second, "expected": first})
+    for attention in each_attention(pair.port):
+        first, second = (port_logits(trial, pair.port, pair.batch.tokens) for _ in range(2))
+        if not torch.equal(first, second):
+            raise Mismatch(
+                f"two calls in evaluation mode differ (attention: {attention})",
+                tensors={"actual": second, "expected": first},
+            )
     return _same_logits(trial, case, pair, pair.batch.tokens, pair.batch.targets, "logits with dropout configured")
 
 
@@ -276,9 +293,10 @@ def inputs_embeds(trial: Trial, case: Case) -> dict[str, float]:
     Would have caught: positions, scaling or dropout that are applied on one of the two paths only.
     """
     pair = prepare(trial, case)
+    tokens = content_tokens(trial, case, pair.batch.tokens)
     embedding = pair.port.get_input_embeddings()  # type: ignore[operator]
-    expected = port_logits(trial, pair.port, pair.batch.tokens)
-    embeds = embedding(pair.batch.tokens.to(embedding.weight.device)).detach()
+    expected = port_logits(trial, pair.port, tokens)
+    embeds = embedding(tokens.to(embedding.weight.device)).detach()
     embeds.requires_grad_()
     actual = outputs_of(trial, call_port(trial, pair.port, None, inputs_embeds=embeds))["logits"]
     (gradient,) = torch.autograd.grad(actual.sum(), embeds, allow_unused=True) if actual.requires_grad else (None,)
@@ -302,21 +320,25 @@ def _embeds_behind_a_cache(trial: Trial, pair: Pair, embeds: torch.Tensor, expec
 def position_ids(trial: Trial, case: Case) -> dict[str, float]:
     """`position_ids` are the rows of the position table that are used, and the default counts from zero.
 
-    They count beside a mask too. The oracle for shifted positions is the original with its table rolled. Would have
-    caught: position_ids accepted and ignored, or overruled by a mask; positions that start at one.
+    They count beside a mask too. The oracle for shifted positions is the original with its table rolled. Where only
+    distances matter a shift changes nothing, wherever it leads, and a gap is the original's with tokens masked there.
+    Would have caught: position_ids accepted and ignored, or overruled by a mask; positions that start at one; an
+    IndexError of a table of rotations.
     """
-    maximum = case.fields[trial.family.maximum_length]
+    if has_relative_positions(trial.family, case.fields):
+        return _relative_position_ids(trial, case)
+    maximum, start = case.fields[trial.family.maximum_length], trial.family.first_position
     pair = prepare(trial, case)
-    tokens = pair.batch.tokens
+    tokens = content_tokens(trial, case, pair.batch.tokens)
     shift = 1 + case.seed % max(maximum - tokens.shape[1], 1)
     if shift + tokens.shape[1] > maximum:
         shift = 0
-    ids = torch.arange(tokens.shape[1]).expand_as(tokens) + shift
+    ids = torch.arange(tokens.shape[1]).expand_as(tokens) + start + shift
     rolled = copied(pair.original)
     tables = [
         module
         for module in rolled.modules()
-        if isinstance(module, torch.nn.Embedding) and module.num_embeddings == maximum
+        if isinstance(module, torch.nn.Embedding) and module.num_embeddings == maximum + start
     ]
     if len(tables) != 1 and shift:
         raise Skip("the original's position table cannot be told from its other embeddings in this configuration")
@@ -333,7 +355,31 @@ def position_ids(trial: Trial, case: Case) -> dict[str, float]:
         if mask is not None and not ("masks" in trial.family.features and takes(pair.port, "attention_mask")):
             continue
         actual = port_logits(trial, pair.port, tokens, position_ids=given, attention_mask=mask)
-        numbers.append(require_semantics(trial, f"logits with position_ids from {shift}{what}", actual, expected))
+        what = f"logits with position_ids from {start + shift}{what}"
+        numbers.append(require_semantics(trial, what, actual, expected))
+    return worst(*numbers)
+
+
+def _relative_position_ids(trial: Trial, case: Case) -> dict[str, float]:
+    pair = prepare(trial, at_least_two_tokens(case))
+    tokens = pair.batch.tokens
+    count, maximum = tokens.shape[1], case.fields[trial.family.maximum_length]
+    plain = run_original(trial, pair.original, tokens, pair.batch.targets)["logits"]
+    numbers = []
+    for shift in (1, maximum + 3):
+        actual = port_logits(trial, pair.port, tokens, position_ids=torch.arange(count).expand_as(tokens) + shift)
+        numbers.append(require_semantics(trial, f"logits with position_ids from {shift}", actual, plain))
+    if trial.family.run_masked is not None:
+        first, gap = 1 + case.seed % (count - 1), 1 + case.seed % 3
+        ids = torch.cat([torch.arange(first), torch.arange(first, count) + gap])
+        wider = torch.zeros(len(tokens), count + gap, dtype=torch.int64)
+        wider[:, ids] = tokens
+        mask = torch.zeros(wider.shape, dtype=torch.bool)
+        mask[:, ids] = True
+        with torch.no_grad():
+            expected = trial.family.run_masked(pair.original, wider, mask)["logits"][:, ids]
+        actual = port_logits(trial, pair.port, tokens, position_ids=ids.expand_as(tokens))
+        numbers.append(require_semantics(trial, f"logits with position_ids that skip {gap}", actual, expected))
     return worst(*numbers)
 
 

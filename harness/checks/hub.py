@@ -77,7 +77,7 @@ def outputs(trial: Trial, case: Case) -> dict[str, float]:
     saved = _saved(trial, case)
     with served(trial):
         push(trial, model_of(trial, saved.directory))
-        return _same(trial, pull(trial, _tokens(trial, case), by_name(NAME)), {NAME: saved.logits})
+        return _same(trial, pull(trial, case, by_name(NAME)), {NAME: saved.logits})
 
 
 def repushed(trial: Trial, case: Case) -> dict[str, float]:
@@ -92,7 +92,7 @@ def repushed(trial: Trial, case: Case) -> dict[str, float]:
         push_on(trial, NAME, to=mine)
         hub.store.delete_repository(_repository(hub))
         _require_code(trial, hub, mine)
-        answer = pull(trial, _tokens(trial, case), by_name(mine, source=mine))
+        answer = pull(trial, case, by_name(mine, source=mine))
         return _same(trial, answer, {mine: saved.logits})
 
 
@@ -119,7 +119,7 @@ def revisions(trial: Trial, case: Case) -> dict[str, float]:
             )
         commit = _commit(hub, "v1")
         steps = {"main": newest, "v1": tagged, "experiment": branched, commit: tagged, commit[:10]: tagged}
-        answer = pull(trial, _tokens(trial, case), *(by_name(f"{NAME} at {name}", revision=name) for name in steps))
+        answer = pull(trial, case, *(by_name(f"{NAME} at {name}", revision=name) for name in steps))
     return _same(trial, answer, {f"{NAME} at {name}": saved.logits for name, saved in steps.items()})
 
 
@@ -135,7 +135,7 @@ def code_revision(trial: Trial, case: Case) -> dict[str, float]:
         _push_two_revisions(trial, old, new)
         answer = pull(
             trial,
-            _tokens(trial, case),
+            case,
             by_name(old_code, revision="main", code_revision="v1"),
             by_name(new_code, revision="v1", code_revision="main"),
         )
@@ -156,7 +156,7 @@ def pinned_code(trial: Trial, case: Case) -> dict[str, float]:
         pinned, newest = f"{NAME} at the pinned commit", f"{NAME} at main"
         answer = pull(
             trial,
-            _tokens(trial, case),
+            case,
             by_name(pinned, revision=commit),
             by_name(newest, revision="main"),
             by_name(f"{pinned}, loaded again,", revision=commit),
@@ -182,7 +182,7 @@ def private(trial: Trial, case: Case) -> dict[str, float]:
     saved = _saved(trial, case)
     with served(trial) as hub:
         push(trial, model_of(trial, saved.directory, private=True, token=AUTHOR.token), token=None)
-        answer = pull(trial, _tokens(trial, case), refused_to("a stranger"), by_name(NAME, token=AUTHOR.token))
+        answer = pull(trial, case, refused_to("a stranger"), by_name(NAME, token=AUTHOR.token))
         if "refused" not in answer.values["a stranger"] or not _repository(hub).private:
             raise Mismatch("push_to_hub(private=True) makes a public repository; a port hands its options on")
     return _same(trial, answer, {NAME: saved.logits})
@@ -198,7 +198,7 @@ def gated(trial: Trial, case: Case) -> dict[str, float]:
         push(trial, model_of(trial, saved.directory))
         hub.store.set_repository(_repository(hub), gated="manual")
         hub.accounts.set_access(_repository(hub), READER.name, "accepted")
-        answer = pull(trial, _tokens(trial, case), by_name(NAME), token=READER.token)
+        answer = pull(trial, case, by_name(NAME), token=READER.token)
     return _same(trial, answer, {NAME: saved.logits})
 
 
@@ -207,13 +207,13 @@ def warm_cache(trial: Trial, case: Case) -> dict[str, float]:
 
     Would have caught: code that asks the Hub for something at every start.
     """
-    saved, tokens, cache = _saved(trial, case), _tokens(trial, case), trial.workdir / "cache"
+    saved, cache = _saved(trial, case), trial.workdir / "cache"
     with served(trial) as hub:
         push(trial, model_of(trial, saved.directory))
-        pull(trial, tokens, by_name(NAME), cache=cache)
+        pull(trial, case, by_name(NAME), cache=cache)
         commit = _commit(hub, "main")
     # transformers 4.57 would wait half a minute for each file whose commit it does not know, or that is not there.
-    answer = pull(trial, tokens, by_name(NAME, revision=commit, own_generation=True), cache=cache)
+    answer = pull(trial, case, by_name(NAME, revision=commit, own_generation=True), cache=cache)
     return _same(trial, answer, {NAME: saved.logits})
 
 
@@ -222,11 +222,11 @@ def offline(trial: Trial, case: Case) -> dict[str, float]:
 
     Would have caught: code that looks at that variable and wants a directory instead of a name.
     """
-    saved, tokens, cache = _saved(trial, case), _tokens(trial, case), trial.workdir / "cache"
+    saved, cache = _saved(trial, case), trial.workdir / "cache"
     with served(trial):
         push(trial, model_of(trial, saved.directory))
-        pull(trial, tokens, by_name(NAME), cache=cache)
-    answer = pull(trial, tokens, by_name(NAME), cache=cache, offline=True)
+        pull(trial, case, by_name(NAME), cache=cache)
+    answer = pull(trial, case, by_name(NAME), cache=cache, offline=True)
     return _same(trial, answer, {NAME: saved.logits})
 
 
@@ -239,7 +239,7 @@ def bin(trial: Trial, case: Case) -> dict[str, float]:
     write_bin(saved.directory, load(trial, saved.directory))
     with served(trial):
         push(trial, folder_of(saved.directory))
-        return _same(trial, pull(trial, _tokens(trial, case), by_name(NAME)), {NAME: saved.logits})
+        return _same(trial, pull(trial, case, by_name(NAME)), {NAME: saved.logits})
 
 
 def sharded(trial: Trial, case: Case) -> dict[str, float]:
@@ -256,7 +256,7 @@ def sharded(trial: Trial, case: Case) -> dict[str, float]:
                 f"push_to_hub(max_shard_size={SHARD_BYTES}) uploads {sum(shards.values())} bytes of weights as"
                 f" {', '.join(shards) or 'no file'}; a port hands its options on"
             )
-        answer = pull(trial, _tokens(trial, case), by_name(NAME))
+        answer = pull(trial, case, by_name(NAME))
     return {**_same(trial, answer, {NAME: saved.logits}), "shards": float(len(shards))}
 
 
@@ -284,7 +284,7 @@ def tokenizer(trial: Trial, case: Case) -> dict[str, float]:
             )
         answer = pull(
             trial,
-            _tokens(trial, case),
+            case,
             *(step for name in (before, after) for step in (tokenizer_by_name(name, TEXT), by_name(name, source=name))),
         )
     for name in (before, after):
@@ -299,14 +299,10 @@ def _saved(trial: Trial, case: Case, *, number: int = 0) -> Saved:
     here = dataclasses.replace(trial, workdir=Path(tempfile.mkdtemp(dir=trial.workdir)))
     other = dataclasses.replace(case, seed=case.seed + number)
     original = original_model(trial, other)
-    tokens = _tokens(trial, case)
+    tokens = draw(trial, case).tokens
     return Saved(
         directory=directory(here, other, original), logits=run_original(trial, original, tokens, tokens)["logits"]
     )
-
-
-def _tokens(trial: Trial, case: Case) -> torch.Tensor:
-    return draw(trial, case).tokens
 
 
 def _same(trial: Trial, answer: Answer, expected: Mapping[str, torch.Tensor]) -> dict[str, float]:

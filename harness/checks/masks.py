@@ -11,6 +11,7 @@ import torch
 from harness.cases import Case
 from harness.cases.batches import Padded, Side, pad
 from harness.errors import Mismatch, Skip
+from harness.families import has_relative_positions, padding_of
 from harness.numerics import FLOAT32_INSIDE_BOUND, relative_error
 from harness.ports import first_line
 from harness.trial import (
@@ -49,12 +50,14 @@ def none_is_ones(trial: Trial, case: Case) -> dict[str, float]:
 
 
 def additive(trial: Trial, case: Case) -> dict[str, float]:
-    """A mask with four axes that is added to the scores is used as it is: zeros where attention may go.
+    """A mask that is added to the scores is used as it is: zeros where attention may go.
 
-    For a causal model the mask carries causality, as transformers has it. A number added to all the scores of a query
-    changes nothing, whichever it is. Would have caught: an additive mask read as boolean, one cut to two values, a
-    mask that is inverted for one attention implementation.
+    It has four axes, or two where the family says so. For a causal model the mask carries causality, as transformers
+    has it. A number added to all the scores of a query changes nothing, whichever it is. Would have caught: an additive
+    mask read as boolean, one cut to two values, a mask that is inverted for one attention implementation.
     """
+    if trial.family.mask_axes == 2:
+        return _additive_of_two_axes(trial, case)
     pair = prepare(trial, case)
     tokens = pair.batch.tokens
     rows, count = tokens.shape
@@ -77,6 +80,57 @@ def additive(trial: Trial, case: Case) -> dict[str, float]:
                 raise Mismatch(f"does not take an additive mask of four axes: {first_line(error)}") from None
             what = f"logits with an additive mask of {what} (attention: {attention})"
             numbers.append(require_semantics(trial, what, actual, expected))
+    return worst(*numbers)
+
+
+def _additive_of_two_axes(trial: Trial, case: Case) -> dict[str, float]:
+    pair = prepare(trial, dataclasses.replace(case, tokens=max(case.tokens, 2)))
+    dtype = next(pair.port.parameters()).dtype
+    plain = port_logits(trial, pair.port, pair.batch.tokens)
+    zeros = torch.zeros(pair.batch.tokens.shape, dtype=dtype)
+    numbers = []
+    for attention in each_attention(pair.port):
+        named = f"(attention: {attention})"
+        actual = port_logits(trial, pair.port, pair.batch.tokens, attention_mask=zeros)
+        numbers.append(require_semantics(trial, f"logits with an additive mask of zeros {named}", actual, plain))
+        for side in _SIDES:
+            padded = padded_batch(trial, case, pair, side)
+            if bool(padded.mask.all()):
+                continue
+            expected = port_logits(trial, pair.port, padded.tokens, attention_mask=padded.mask)[padded.mask]
+            for value in (float("-inf"), torch.finfo(dtype).min, -1e4):
+                mask = torch.zeros(padded.mask.shape, dtype=dtype).masked_fill(~padded.mask, value)
+                actual = port_logits(trial, pair.port, padded.tokens, attention_mask=mask)[padded.mask]
+                what = f"logits with an additive mask of 0 and {value:.3g}, {side} padding {named}"
+                numbers.append(require_semantics(trial, what, actual, expected))
+    return worst(*numbers)
+
+
+def original(trial: Trial, case: Case) -> dict[str, float]:
+    """With a mask that leaves tokens out anywhere, real tokens get the logits that the original gives them with it.
+
+    Unlike the checks of padding this one leaves the original's own way to find padding and positions to it. Would have
+    caught: positions counted by the mask where the original counts token ids, a mask that takes the place of another
+    key, scores multiplied by the mask.
+    """
+    masked = trial.family.run_masked
+    if masked is None:
+        raise Skip(f"the original of family '{trial.family.name}' takes no mask")
+    pair = prepare(trial, dataclasses.replace(case, rows=3))
+    tokens = pair.batch.tokens
+    generator = torch.Generator().manual_seed(case.seed + 5)
+    mask = torch.rand(tokens.shape, generator=generator) < 0.6
+    mask[torch.arange(3), torch.randint(tokens.shape[1], (3,), generator=generator)] = True
+    with torch.no_grad():
+        expected = masked(pair.original, tokens, mask)["logits"][mask]
+        baseline = lambda: masked(original_model(trial, case, dtype=trial.dtype), tokens, mask)["logits"][mask]  # noqa: E731
+    numbers = []
+    for attention in each_attention(pair.port):
+        for given in (mask, mask.long()):
+            actual = port_logits(trial, pair.port, tokens, attention_mask=given)[mask]
+            kind = str(given.dtype).removeprefix("torch.")
+            what = f"logits with a {kind} mask with holes, against the original's (attention: {attention})"
+            numbers.append(require_semantics(trial, what, actual, expected, baseline=baseline))
     return worst(*numbers)
 
 
@@ -139,6 +193,7 @@ def left_padding(trial: Trial, case: Case) -> dict[str, float]:
 def interior_padding(trial: Trial, case: Case) -> dict[str, float]:
     """Rows with padding between their tokens get the original's logits of the unpadded row.
 
+    Where only distances of positions matter holes move tokens apart: then those of the same row with the mask.
     Would have caught: masks reduced to a length, or to the place of the first pad.
     """
     return _padding(trial, case, "interior")
@@ -149,6 +204,8 @@ def pad_content(trial: Trial, case: Case) -> dict[str, float]:
 
     Would have caught: padding found by the pad id instead of the mask, masks scaled instead of cut off.
     """
+    if padding_of(trial.family, case.fields) is not None:
+        raise Skip("the original tells padding by its id too in this configuration")
     pair = prepare(trial, case)
     numbers = []
     for side in _SIDES:
@@ -192,13 +249,14 @@ def padded_batch(trial: Trial, case: Case, pair: Pair, side: Side) -> Padded:
     """The pair's batch with padding on a side, no wider than the model's maximum."""
     maximum, vocabulary = case.fields[trial.family.maximum_length], case.fields[trial.family.vocabulary]
     width = min(maximum, case.tokens + 1 + case.seed % 3)
-    return pad(pair.batch.tokens, side=side, seed=case.seed, vocabulary=vocabulary, width=width)
+    pad_id = padding_of(trial.family, case.fields)
+    return pad(pair.batch.tokens, side=side, seed=case.seed, vocabulary=vocabulary, width=width, pad_id=pad_id)
 
 
 def _padding(trial: Trial, case: Case, side: Side) -> dict[str, float]:
     pair = prepare(trial, case)
     padded = padded_batch(trial, case, pair, side)
-    expected = unpadded_logits(trial, pair.original, padded)
+    expected = _as_original(trial, case, pair.original, padded, side)
     numbers = []
     for mask in (padded.mask.long(), padded.mask):
         actual = port_logits(trial, pair.port, padded.tokens, attention_mask=mask)[padded.mask]
@@ -208,10 +266,21 @@ def _padding(trial: Trial, case: Case, side: Side) -> dict[str, float]:
                 f"logits of {side}-padded rows ({str(mask.dtype).removeprefix('torch.')} mask) against the rows alone",
                 actual,
                 expected,
-                baseline=lambda: unpadded_logits(trial, original_model(trial, case, dtype=trial.dtype), padded),
+                baseline=lambda: _as_original(
+                    trial, case, original_model(trial, case, dtype=trial.dtype), padded, side
+                ),
             )
         )
     return worst(*numbers)
+
+
+def _as_original(trial: Trial, case: Case, original: torch.nn.Module, padded: Padded, side: Side) -> torch.Tensor:
+    """The original's logits (real tokens, vocabulary) of what padded rows hold."""
+    masked = trial.family.run_masked
+    if side != "interior" or masked is None or not has_relative_positions(trial.family, case.fields):
+        return unpadded_logits(trial, original, padded)
+    with torch.no_grad():
+        return masked(original, padded.tokens, padded.mask)["logits"][padded.mask]
 
 
 def unpadded_logits(trial: Trial, original: torch.nn.Module, padded: Padded) -> torch.Tensor:

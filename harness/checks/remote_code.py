@@ -86,7 +86,7 @@ def resaved(trial: Trial, case: Case) -> dict[str, float]:
         if not (again / file.name).is_file():
             raise Mismatch(f"{file.name} does not travel when a model loaded as remote code is saved again")
     expected = run_original(trial, original, batch.tokens, batch.targets)["logits"]
-    return _same(trial, load(trial, again, {"input_ids": batch.tokens}, tied=tied_groups(trial)), expected)
+    return _same(trial, load(trial, again, {"input_ids": batch.tokens}, tied=tied_groups(trial, case)), expected)
 
 
 def two_models(trial: Trial, case: Case) -> dict[str, float]:
@@ -208,7 +208,7 @@ def code_files(trial: Trial) -> list[Path]:
 
 def _load(trial: Trial, case: Case, original: torch.nn.Module, tokens: torch.Tensor, **options: Any) -> Answer:
     saved = directory(trial, case, original)
-    return load(trial, saved, {"input_ids": tokens}, tied=tied_groups(trial), **options)
+    return load(trial, saved, {"input_ids": tokens}, tied=tied_groups(trial, case), **options)
 
 
 def _same(trial: Trial, answer: Answer, expected: torch.Tensor) -> dict[str, float]:

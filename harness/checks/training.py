@@ -26,7 +26,9 @@ from harness.trial import (
     Pair,
     Trial,
     call_port,
+    content_tokens,
     each_attention,
+    field_known_by,
     initial_original,
     is_asked,
     outputs_of,
@@ -119,9 +121,11 @@ def rows_alone(trial: Trial, pair: Pair, padded: Padded) -> tuple[torch.Tensor, 
 def special_tokens(trial: Trial, case: Case) -> dict[str, float]:
     """A pad token in the configuration, as fine-tuning scripts set it, changes neither the loss nor a gradient.
 
-    The original has no such token. Would have caught: an embedding whose row for the pad token gets no gradient,
-    a mask that is made up from the token ids.
+    Asked where the original has no such token. Would have caught: an embedding whose row for the pad token gets no
+    gradient, a mask that is made up from the token ids.
     """
+    if field_known_by(trial, case.fields, "pad_token_id") is not None:
+        raise Skip("the original has a pad token of its own")
     case = at_least_two_tokens(case)
     pair = prepare(trial, case)
     labels = port_labels(trial, pair.batch.tokens, pair.batch.targets)
@@ -185,6 +189,9 @@ def initialisation(trial: Trial, case: Case) -> dict[str, float]:
                     f"{name} starts at {float(actual.mean()):.3g}, the original's at {float(expected.mean()):.3g}"
                 )
             continue
+        starts_at_zero = (expected == 0).all(dim=0)  # such as the row of a padding token
+        if bool((actual[:, starts_at_zero] != 0).any()):
+            raise Mismatch(f"parts of {name} start at random, which start at 0 in the original")
         deviation = abs(float(actual.std() / expected.std()) - 1) * actual.numel() ** 0.5
         offset = abs(float(actual.mean() - expected.mean()) / float(expected.std())) * (actual.numel() / 2) ** 0.5
         tails = abs(_kurtosis(actual) - _kurtosis(expected)) * (actual.numel() / 48) ** 0.5
@@ -213,12 +220,12 @@ def dropout(trial: Trial, case: Case) -> dict[str, float]:
 
 
 def _same_spread(trial: Trial, case: Case, pair: Pair, attention: str) -> dict[str, float]:
-    tokens, targets = pair.batch.tokens, pair.batch.targets
+    tokens, targets = content_tokens(trial, case, pair.batch.tokens), pair.batch.targets
     torch.manual_seed(case.seed)
     theirs = run_original(trial, pair.original, tokens, targets)["logits"]
     torch.manual_seed(case.seed)
     ours = port_logits(trial, pair.port, tokens)
-    _same_with_embeddings(trial, case, pair, ours)
+    _same_with_embeddings(trial, case, pair, tokens, ours)
     if ours.shape == theirs.shape and relative_error(ours, theirs) < SEMANTICS_BOUND:
         return {"other_draws": 0.0}
     metrics = same_spread(trial, pair, f"under dropout (attention: {attention})")
@@ -272,13 +279,13 @@ def _same_share_left_alone(trial: Trial, case: Case, pair: Pair, attention: str)
             )
 
 
-def _same_with_embeddings(trial: Trial, case: Case, pair: Pair, expected: torch.Tensor) -> None:
+def _same_with_embeddings(trial: Trial, case: Case, pair: Pair, tokens: torch.Tensor, expected: torch.Tensor) -> None:
     """Token embeddings instead of ids go through the same dropout, as the tuning of prompts needs."""
     model: Any = pair.port
     if not takes(model, "inputs_embeds"):
         return
     embedding = model.get_input_embeddings()
-    embeds = embedding(pair.batch.tokens.to(embedding.weight.device)).detach()
+    embeds = embedding(tokens.to(embedding.weight.device)).detach()
     torch.manual_seed(case.seed)
     with torch.no_grad():
         actual = outputs_of(trial, call_port(trial, model, None, inputs_embeds=embeds))["logits"]

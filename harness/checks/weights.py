@@ -9,6 +9,7 @@ import functools
 import inspect
 import logging
 import os
+import shutil
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -21,9 +22,11 @@ from harness.cases import Case, large_cases
 from harness.checks.loss import at_least_two_tokens
 from harness.checks.untouched import WRITTEN_BY_SAVING, untouched
 from harness.errors import DescriptionError, Mismatch, Skip
+from harness.families import tied_of
 from harness.layout import layout_of
 from harness.numerics import FLOAT32_INSIDE_BOUND, relative_error
 from harness.ports import converter_spec, first_line, load_object, shortened
+from harness.programs import starts_quickly
 from harness.routes import carry, checkpoint
 from harness.routes.pretrained import load, save
 from harness.trial import (
@@ -122,19 +125,21 @@ def evaluation_mode(trial: Trial, case: Case) -> dict[str, float]:
 
 
 def tied(trial: Trial, case: Case) -> dict[str, float]:
-    """Tied weights are one tensor: after construction, after loading, and after save and load.
+    """Tied weights are one tensor: after construction, after loading, and after save and load; others are two.
 
     Would have caught: `_tied_weights_keys` missing on transformers 5, where head and embedding become two parameters
-    with equal values that drift apart in training.
+    with equal values that drift apart in training; a head that 4.57 replaces by the embedding, since nothing in the
+    configuration says that they are two.
     """
     original = original_model(trial, case, dtype="float32")
-    _require_tied(port_class(trial)(port_config(trial, case.fields)), "after construction")
-    _require_tied(carry(trial, case, original), "after loading")
+    require = functools.partial(_require_ties, trial, case)
+    require(port_class(trial)(port_config(trial, case.fields)), "after construction")
+    require(carry(trial, case, original), "after loading")
     loaded: Any = load(trial, save(trial, case, original))
-    _require_tied(loaded, "after save_pretrained and from_pretrained")
+    require(loaded, "after save_pretrained and from_pretrained")
     loaded.set_input_embeddings(copied(loaded.get_input_embeddings()))
     loaded.tie_weights()
-    _require_tied(loaded, "after set_input_embeddings and tie_weights")
+    require(loaded, "after set_input_embeddings and tie_weights")
     return {}
 
 
@@ -151,7 +156,7 @@ def tied_after_resize(trial: Trial, case: Case) -> dict[str, float]:
     numbers = []
     for size in (vocabulary + 3, vocabulary):
         pair.port.resize_token_embeddings(size, mean_resizing=False)  # type: ignore[operator]
-        _require_tied(pair.port, f"after resize_token_embeddings({size})")
+        _require_ties(trial, case, pair.port, f"after resize_token_embeddings({size})")
         logits = port_logits(trial, pair.port, pair.batch.tokens)
         if logits.shape[-1] != size:
             raise Mismatch(f"logits have {logits.shape[-1]} columns after resize_token_embeddings({size})")
@@ -281,6 +286,25 @@ def read_again(trial: Trial, case: Case) -> dict[str, float]:
         trial, other, "a file written anew at a path read before", second, checkpoint.load(trial, fresh)
     )
     return {}
+
+
+def program(trial: Trial, case: Case) -> dict[str, float]:
+    """The converter program makes the same model whether it is started from a shell or forked as the gate forks it.
+
+    Would have caught: a program that works only where somebody has imported the frameworks before it, one that is
+    found through its user's environment.
+    """
+    if trial.port.loader != "command":
+        raise Skip("the port's load is not a program")
+    plain = checkpoint.write(trial, case, original_model(trial, case, dtype="float32"))
+    forked, started = checkpoint.converted(trial, plain), checkpoint.converted(trial, plain, cold=True)
+    names = [sorted(str(f.relative_to(place)) for f in place.rglob("*") if f.is_file()) for place in (forked, started)]
+    if odd := sorted(set(names[0]) ^ set(names[1])):
+        raise Mismatch(f"the converter writes {odd[0]} in one process and not in another")
+    cls: Any = port_class(trial)
+    what = "the converter started from a shell"
+    _require_same_model(trial, case, what, cls.from_pretrained(started), cls.from_pretrained(forked))
+    return {"files": float(len(names[0]))}
 
 
 def dtypes(trial: Trial, case: Case) -> dict[str, float]:
@@ -444,31 +468,53 @@ def damaged(trial: Trial, case: Case) -> dict[str, float]:
     if trial.port.loader not in ("checkpoint", "command"):
         raise Skip(f"the port declares no converter: its load is {trial.port.load!r}")
     names = {name for name, _ in original.named_parameters()}
-    if not _tensors(_contents(plain), names):
+    if not _tensors(_contents(weights_in(trial, plain)), names):
         raise Skip("the file is not one that torch.load reads, with the original's tensors under their names")
-    tried = list(_affordable(trial, case, _DAMAGES))
+    damages = {name: spoil for name, spoil in _DAMAGES.items() if name != "missing file" or plain.is_dir()}
+    tried = list(_affordable(trial, case, damages))
     for _, spoil in tried:
         spoil(trial, case, original, plain)
     return {"damages": float(len(tried))}
 
 
 def _truncated(trial: Trial, case: Case, original: torch.nn.Module, plain: Path) -> None:
-    path = plain.with_name("truncated-" + plain.name)
-    content = plain.read_bytes()
-    path.write_bytes(content[: len(content) * 2 // 3])
+    content = weights_in(trial, plain).read_bytes()
+    path = _copy(plain, "truncated")
+    weights_in(trial, path).write_bytes(content[: len(content) * 2 // 3])
     _require_refused(trial, path, "a truncated file")
+
+
+def _file_missing(trial: Trial, case: Case, original: torch.nn.Module, plain: Path) -> None:
+    path = _copy(plain, "incomplete")
+    weights_in(trial, path).unlink()
+    _require_refused(trial, path, f"a directory without {trial.family.weights_file}")
+
+
+def weights_in(trial: Trial, path: Path) -> Path:
+    """The file of a checkpoint that holds its tensors."""
+    return path / trial.family.weights_file if path.is_dir() else path
+
+
+def _copy(plain: Path, word: str) -> Path:
+    """A copy of a checkpoint, file or directory, beside it."""
+    path = plain.with_name(f"{word}-{plain.name}")
+    if plain.is_dir():
+        shutil.copytree(plain, path, dirs_exist_ok=True)
+    else:
+        shutil.copyfile(plain, path)
+    return path
 
 
 def _tensor_missing(trial: Trial, case: Case, original: torch.nn.Module, plain: Path) -> None:
     name = _untied(trial, case, original)
-    path = _rewritten(plain, original, lambda tensors: tensors.pop(name))
+    path = _rewritten(trial, plain, original, lambda tensors: tensors.pop(name))
     _require_refused(trial, path, f"a file without {name}")
 
 
 def _tensor_left_over(trial: Trial, case: Case, original: torch.nn.Module, plain: Path) -> None:
     name = _untied(trial, case, original)
     left = f"{name}_left_over"
-    path = _rewritten(plain, original, lambda tensors: tensors.update({left: tensors[name].clone()}))
+    path = _rewritten(trial, plain, original, lambda tensors: tensors.update({left: tensors[name].clone()}))
     if trial.port.loader == "command":
         return  # what a program says of it cannot be told
     with said() as messages:
@@ -510,15 +556,18 @@ def _tensor_misshapen(trial: Trial, case: Case, original: torch.nn.Module, plain
         tensor = tensors[name]
         tensors[name] = tensor[:-1].clone() if len(tensor) > 1 else torch.cat((tensor, tensor))
 
-    _require_refused(trial, _rewritten(plain, original, cut), f"a file whose {name} is a row too short")
+    _require_refused(trial, _rewritten(trial, plain, original, cut), f"a file whose {name} is a row too short")
 
 
 def _ties_differ(trial: Trial, case: Case, original: torch.nn.Module, plain: Path) -> None:
     read = trial.family.read_checkpoint
-    if read is None or not trial.family.tied:
+    groups = tied_of(trial.family, case.fields)
+    if read is None or not groups:
         return
-    first = trial.family.tied[0][0]
-    path = _rewritten(plain, original, lambda tensors: tensors.update({first: tensors[first] + 1}))
+    first = groups[0][0]
+    path = _rewritten(trial, plain, original, lambda tensors: tensors.update({first: tensors[first] + 1}))
+    if not _original_reads(trial, path):
+        return
     fields, state = read(str(path))
     as_read = initial_original(trial, fields)
     as_read.load_state_dict(state)
@@ -529,16 +578,16 @@ def _ties_differ(trial: Trial, case: Case, original: torch.nn.Module, plain: Pat
         raise
     except Exception:
         return
-    what = f"a file in which {' and '.join(trial.family.tied[0])} differ, which the original reads,"
+    what = f"a file in which {' and '.join(groups[0])} differ, which the original reads,"
     _require_same_model(trial, case, what, actual, expected)
 
 
 def _code(trial: Trial, case: Case, original: torch.nn.Module, plain: Path) -> None:
     for kind, is_zip in (("zip", True), ("legacy", False)):
         sentinel = plain.with_name(f"code-of-a-{kind}-file-has-run")
-        path = plain.with_name(f"{kind}-{plain.name}")
-        contents = {**_contents(plain), "code": _Code(sentinel)}
-        torch.save(contents, path, _use_new_zipfile_serialization=is_zip)
+        path = _copy(plain, kind)
+        contents = {**_contents(weights_in(trial, plain)), "code": _Code(sentinel)}
+        torch.save(contents, weights_in(trial, path), _use_new_zipfile_serialization=is_zip)
         _refusal(trial, path)
         if sentinel.exists():
             raise Mismatch(
@@ -562,6 +611,7 @@ _DAMAGES: Mapping[str, Callable[[Trial, Case, torch.nn.Module, Path], None]] = {
     "misshapen": _tensor_misshapen,
     "left over": _tensor_left_over,
     "truncated": _truncated,
+    "missing file": _file_missing,
     "ties": _ties_differ,
 }
 
@@ -587,9 +637,9 @@ def _in_one_line(error: Exception) -> str:
 
 
 def _affordable(trial: Trial, case: Case, files: Mapping[str, File]) -> Iterator[tuple[str, File]]:
-    """All of them, or one that the case's seed chooses where each costs the start of a program."""
+    """All of them, or one that the case's seed chooses where each costs the seconds that a program takes to start."""
     chosen = list(files.items())
-    if trial.port.loader == "command":
+    if trial.port.loader == "command" and not starts_quickly(trial.port):
         chosen = [chosen[case.seed % len(chosen)]]
     yield from chosen
 
@@ -621,19 +671,21 @@ def _tensors(contents: Any, names: set[str]) -> dict[str, torch.Tensor] | None:
     return next((found for entry in contents.values() if (found := _tensors(entry, names))), None)
 
 
-def _rewritten(plain: Path, original: torch.nn.Module, edit: Callable[[dict[str, torch.Tensor]], Any]) -> Path:
-    contents = _contents(plain)
+def _rewritten(
+    trial: Trial, plain: Path, original: torch.nn.Module, edit: Callable[[dict[str, torch.Tensor]], Any]
+) -> Path:
+    contents = _contents(weights_in(trial, plain))
     tensors = _tensors(contents, {name for name, _ in original.named_parameters()})
     assert tensors is not None  # the caller made sure
     edit(tensors)
-    path = plain.with_name("rewritten-" + plain.name)
-    torch.save(contents, path)
+    path = _copy(plain, "rewritten")
+    torch.save(contents, weights_in(trial, path))
     return path
 
 
 def _untied(trial: Trial, case: Case, original: torch.nn.Module, *, besides: Iterable[int] = ()) -> str:
     """A parameter that has no twin which could stand in for it, and none of those numbers of rows."""
-    twins = {name for group in trial.family.tied for name in group}
+    twins = {name for group in tied_of(trial.family, case.fields) for name in group}
     alone = {name: len(tensor) for name, tensor in original.named_parameters() if name not in twins and tensor.ndim}
     names = [name for name, rows in alone.items() if rows not in besides] or list(alone)
     return names[case.seed % len(names)]
@@ -699,9 +751,12 @@ def _owner(numbers: torch.Tensor, module: torch.nn.Module) -> str:
     return f", most of them in {name}"
 
 
-def _require_tied(model: Any, when: str) -> None:
+def _require_ties(trial: Trial, case: Case, model: Any, when: str) -> None:
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if embedding is None or head is None:
         raise Mismatch("get_input_embeddings and get_output_embeddings must give the embedding and the head")
-    if head.weight is not embedding.weight:
+    are_tied = bool(tied_of(trial.family, case.fields))
+    if are_tied and head.weight is not embedding.weight:
         raise Mismatch(f"head and embedding are two tensors {when}; the original has one")
+    if not are_tied and head.weight is embedding.weight:
+        raise Mismatch(f"head and embedding are one tensor {when}; the original of this configuration has two")

@@ -13,6 +13,7 @@ import torch
 from harness.capture import Call, watch
 from harness.cases.batches import Side, pad
 from harness.errors import ParityError
+from harness.families import padding_of
 from harness.localise.finding import Divergence, Search, distance, require_time, tap_names, while_there_is_time
 from harness.localise.visibility import is_seen, is_unseen, listed, visible
 from harness.ports import lacks
@@ -90,6 +91,7 @@ def _settings(search: Search) -> Iterator[Setting]:
             seed=search.case.seed,
             vocabulary=fields[family.vocabulary],
             width=count,
+            pad_id=padding_of(family, fields),
         )
         for chunks in ([2, *[1] * (count - 2)], [2, count - 2]):
             name = f"padded on the {side}, in chunks of {' and '.join(map(str, dict.fromkeys(chunks)))}"

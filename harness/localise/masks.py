@@ -12,6 +12,7 @@ import torch
 
 from harness.cases.batches import Side, pad
 from harness.errors import ParityError
+from harness.families import has_relative_positions, padding_of
 from harness.localise import operations
 from harness.localise.finding import Divergence, Search, distance, require_time, while_there_is_time
 from harness.localise.visibility import is_seen, is_unseen, visible
@@ -89,11 +90,19 @@ def _settings(search: Search) -> Iterator[Setting]:
         )
     fields, family = search.case.fields, search.trial.family
     width = min(fields[family.maximum_length], tokens.shape[1] + 2)
-    sides: tuple[Side, ...] = ("right", "left", "interior")
+    # Where only distances of positions count, a hole between tokens moves them apart.
+    sides: tuple[Side, ...] = (
+        ("right", "left") if has_relative_positions(family, fields) else ("right", "left", "interior")
+    )
     for side in sides:
         count = max(1, min(tokens.shape[1], width - 2))  # with one pad alone several faults look the same
         padded = pad(
-            tokens[:, :count], side=side, seed=search.case.seed, vocabulary=fields[family.vocabulary], width=width
+            tokens[:, :count],
+            side=side,
+            seed=search.case.seed,
+            vocabulary=fields[family.vocabulary],
+            width=width,
+            pad_id=padding_of(family, fields),
         )
         yield Setting(
             named=f"masks.{side}_padding",

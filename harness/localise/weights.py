@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 
 import torch
 
+from harness.families import tied_of
 from harness.localise.alignment import Comparison, compare, judged
 from harness.localise.finding import Divergence, Search, distance, while_there_is_time
 from harness.localise.relations import (
@@ -202,7 +203,7 @@ def _untied(search: Search) -> Divergence | None:
     if not search.check.startswith(("weights.tied", "training.")):
         return None
     parameters = dict(search.pair.port.named_parameters(remove_duplicate=False))
-    for group in search.trial.family.tied:
+    for group in tied_of(search.trial.family, search.case.fields):
         names = [search.trial.family.port_key(key) for key in group]
         if all(name in parameters for name in names) and len({id(parameters[name]) for name in names}) > 1:
             listed = " and ".join(names)

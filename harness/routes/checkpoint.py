@@ -4,25 +4,21 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import shlex
 import shutil
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from harness import programs
 from harness.errors import Mismatch, Skip
 from harness.ports import converter_spec, load_object
 from harness.trial import Trial, copied, port_class
 
 if TYPE_CHECKING:
     from harness.cases import Case
-
-CONVERTER_SECONDS = 300
 
 
 def carry(trial: Trial, case: Case, original: torch.nn.Module) -> torch.nn.Module:
@@ -60,38 +56,27 @@ def converter(trial: Trial) -> Any:
     return load_object(spec, root=trial.port.root)
 
 
-def converted(trial: Trial, path: Path) -> Path:
-    """The directory that the converter program of `load = "command:..."` makes of a checkpoint file.
+def converted(trial: Trial, path: Path, *, cold: bool = False) -> Path:
+    """The directory that the converter program of `load = "command:..."` makes of a checkpoint file or directory.
 
-    A program takes seconds to start: what it made of the same bytes before is copied.
+    What it made of the same bytes before is copied; but where `cold` asks for an interpreter of its own.
     """
-    template = trial.port.load.partition(":")[2]
     out = Path(tempfile.mkdtemp(dir=trial.workdir)) / "converted"
-    content = hashlib.sha256(trial.port.load.encode() + str(trial.port.root).encode() + path.read_bytes()).hexdigest()
+    content = hashlib.sha256(trial.port.load.encode() + str(trial.port.root).encode() + _content(path)).hexdigest()
     known = trial.sandbox.root / "converted" / content
-    if known.is_dir():
+    if known.is_dir() and not cold:
         return Path(shutil.copytree(known, out))
-    command = [part.format(checkpoint=path, out=out) for part in shlex.split(template)]
-    # `python` is the one that runs the gate, also where its environment is not activated.
-    places = os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", os.defpath)])
-    try:
-        done = subprocess.run(
-            command,
-            cwd=trial.port.root,
-            env={**os.environ, "PATH": places},
-            capture_output=True,
-            text=True,
-            timeout=CONVERTER_SECONDS,
-            check=False,
-        )
-    except OSError as error:
-        raise Mismatch(f"the converter cannot be started: {error}") from None
-    except subprocess.TimeoutExpired:
-        raise Mismatch(f"the converter did not end within {CONVERTER_SECONDS} s: {shlex.join(command)}") from None
-    if done.returncode:
-        last = (done.stderr.strip() or done.stdout.strip() or "it printed nothing").splitlines()[-1]
-        raise Mismatch(f"the converter ended with status {done.returncode}: {last}")
+    command = programs.command_of(trial.port, checkpoint=path, out=out)
+    programs.run(command, root=trial.port.root, sandbox=trial.sandbox, cold=cold)
     if not out.is_dir():
         raise Mismatch(f"the converter ended well and wrote no directory {{out}}: {shlex.join(command)}")
     shutil.copytree(out, known, dirs_exist_ok=True)
     return out
+
+
+def _content(path: Path) -> bytes:
+    """What tells one checkpoint from another: its bytes, of a directory those of every file with its name."""
+    if not path.is_dir():
+        return path.read_bytes()
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    return b"".join(str(file.relative_to(path)).encode() + file.read_bytes() for file in files)

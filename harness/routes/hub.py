@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from harness.hub import HubServer, User
 from harness.routes import pretrained
 from harness.routes.remote_code import directory, logits_of, request_for, tied_groups
-from harness.trial import Trial
+from harness.trial import Trial, draw
 
 if TYPE_CHECKING:
     import torch
@@ -32,7 +32,7 @@ def logits(trial: Trial, case: Case, original: torch.nn.Module, tokens: torch.Te
     """The port's logits for token ids (rows, tokens), as a process computes them that knows the port by its name."""
     with served(trial):
         push(trial, model_of(trial, directory(trial, case, original)))
-        return logits_of(pull(trial, tokens, by_name(NAME)), f"{NAME}.output.")
+        return logits_of(pull(trial, case, by_name(NAME)), f"{NAME}.output.")
 
 
 @contextlib.contextmanager
@@ -97,21 +97,21 @@ def push_on(trial: Trial, source: str, *, to: str) -> None:
 
 def pull(
     trial: Trial,
-    tokens: torch.Tensor,
+    case: Case,
     *steps: Step,
     token: str | None = None,
     cache: Path | None = None,
     offline: bool = False,
 ) -> Answer:
-    """Takes the steps in one fresh process that cannot read the port's repository, then runs the models.
+    """Takes the steps in one fresh process that cannot read the port's repository, then runs the models on its batch.
 
     cache: where the client keeps its files from one process to another; without it each begins with none.
     Raises Mismatch (as SandboxFailure) when a step fails, and for tensors that were missing or left over.
     """
     answer = (trial.sandbox if offline else trial.hub).run(
         "pull",
-        request_for(trial, steps=steps, token=token, tied=tied_groups(trial)),
-        tensors={"input_ids": tokens},
+        request_for(trial, steps=steps, token=token, tied=tied_groups(trial, case)),
+        tensors={"input_ids": draw(trial, case).tokens},
         hidden_paths=[trial.port.root],
         cache=cache,
     )

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from harness.errors import Mismatch
+from harness.families import tied_of
 from harness.routes import pretrained
 from harness.routes.checkpoint import converted, write
 from harness.trial import Trial
@@ -61,9 +62,9 @@ def request_for(trial: Trial, **request: Any) -> dict[str, Any]:
     return {"auto_class": trial.family.port_auto_class, "dtype": trial.dtype, **request}
 
 
-def tied_groups(trial: Trial) -> list[list[str]]:
+def tied_groups(trial: Trial, case: Case) -> list[list[str]]:
     """The names in the port of each group of parameters that are one tensor."""
-    return [[trial.family.port_key(key) for key in group] for group in trial.family.tied]
+    return [[trial.family.port_key(key) for key in group] for group in tied_of(trial.family, case.fields)]
 
 
 def logits_of(answer: Answer, prefix: str = "output.") -> torch.Tensor:

@@ -46,6 +46,7 @@ KEPT_VARIABLES = ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", 
 IN_WORDS = {
     "load_and_run": "loading and running it",
     "load_two": "loading two models",
+    "run_program": "running the converter",
     "push": "pushing it to the Hub",
     "pull": "loading it from the Hub",
 }

@@ -9,10 +9,13 @@ The guards stop code that reaches for what a user would not have; they are not a
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
+import io
 import json
 import os
+import runpy
 import shutil
 import sys
 import tempfile
@@ -116,9 +119,48 @@ def load_two(request: Mapping[str, Any], tensors: Tensors) -> tuple[Values, Tens
     return values, answer
 
 
+def run_program(request: Mapping[str, Any], tensors: Tensors) -> tuple[Values, Tensors]:
+    """Runs a Python program in the directory `root` as an interpreter would: `module` or `file`, `arguments`.
+
+    Answer: `status`, the ends of what it printed as `output` and `errors`.
+    """
+    os.chdir(request["root"])
+    file = os.path.abspath(request["file"]) if request["file"] else ""
+    sys.path.insert(0, os.path.dirname(file) if file else request["root"])
+    sys.argv = [request["file"] or request["module"], *request["arguments"]]
+    output, errors = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
+        try:
+            if file:
+                runpy.run_path(file, run_name="__main__")
+            else:
+                runpy.run_module(request["module"], run_name="__main__", alter_sys=True)
+            status = 0
+        except SystemExit as end:
+            status = exit_status(end)
+        except BaseException:
+            traceback.print_exc()
+            status = 1
+    return {"status": status, "output": _end(output), "errors": _end(errors)}, {}
+
+
+def exit_status(end: SystemExit) -> int:
+    """What an interpreter makes of sys.exit: its number, 0 for None, else 1 with the rest printed."""
+    if isinstance(end.code, int):
+        return end.code
+    if end.code is not None:
+        print(end.code, file=sys.stderr)
+    return int(end.code is not None)
+
+
+def _end(stream: io.StringIO) -> str:
+    return stream.getvalue()[-KEPT_OUTPUT:]
+
+
 JOBS: Mapping[str, Callable[[Mapping[str, Any], Any], tuple[Values, Any]]] = {
     "load_and_run": load_and_run,
     "load_two": load_two,
+    "run_program": run_program,
     "push": push,
     "pull": pull,
 }

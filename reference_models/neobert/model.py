@@ -236,8 +236,6 @@ class NeoBERTBlock(GradientCheckpointingLayer):
         query, key, value = heads.chunk(3, dim=-1)
         if angles is not None:
             query, key = rotate(query, *angles), rotate(key, *angles)
-        if attention_mask is not None:
-            attention_mask = attention_mask.to(query.dtype)  # narrower under autocast
 
         # set_attn_implementation works where the library finds the call of its own line in the text of this file.
         attention: Callable[..., Any] = eager_attention_forward
@@ -273,8 +271,6 @@ class NeoBERTPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules: ClassVar[list[str]] = ["NeoBERTBlock"]
     _supports_sdpa = True
-    _supports_attention_backend = True
-    _can_compile_fullgraph = True
 
     def _init_weights(self, module: nn.Module) -> None:
         config = self.config
@@ -293,7 +289,7 @@ class NeoBERTPreTrainedModel(PreTrainedModel):
                 nn.init.ones_(parameter)
             elif getattr(module, "is_classifier", False):
                 nn.init.normal_(parameter, std=config.classifier_init_range)
-            elif not getattr(module, "is_tied", False):
+            else:
                 nn.init.uniform_(parameter, -config.decoder_init_range, config.decoder_init_range)
 
     def get_input_embeddings(self) -> nn.Module:
@@ -333,7 +329,6 @@ class NeoBERT(NeoBERTPreTrainedModel):
             self.positional_embedding = nn.Embedding(config.max_length + 1, config.hidden_size, padding_idx=0)
         self.transformer_encoder = nn.ModuleList(NeoBERTBlock(config) for _ in range(config.num_hidden_layers))
         self.layer_norm = norm(config)
-        self.gradient_checkpointing = False
         self.post_init()
 
     def _learned_positions(
@@ -470,7 +465,6 @@ class NeoBERTLMHead(NeoBERTPreTrainedModel):
         super().__init__(config)
         self.model = NeoBERT(config)
         self.decoder: nn.Module = nn.Linear(config.hidden_size, config.vocab_size)
-        self.decoder.is_tied = config.tie_word_embeddings
         self.loss_type = "ForMaskedLM"
         self.loss_function = masked_lm_loss
         self.post_init()
@@ -501,11 +495,9 @@ class NeoBERTLMHead(NeoBERTPreTrainedModel):
             if one.is_meta and not TRANSFORMERS_5:
                 embedding.weight = other  # 5.x goes either way itself
             return
-        if one.shape == other.shape and torch.equal(one, other.to(one)):
+        if torch.equal(one, other):
             return
         self.config.tie_word_embeddings = False
-        if TRANSFORMERS_5:
-            self.all_tied_weights_keys.pop("decoder.weight", None)
         warnings.warn(
             "decoder.weight and model.encoder.weight of this checkpoint differ, so they stay two tensors, and"
             " tie_word_embeddings is false from now on; write that into config.json, or leave decoder.weight out of"

@@ -449,7 +449,8 @@ def test_dropout_of_eager_attention() -> None:
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_gradient_checkpointing(use_reentrant: bool) -> None:
     model = port_of(training_model(dropout=0.2)).train()
-    gradients = []
+    gradients, calls = [], []
+    model.model.transformer_encoder[0].wo.register_forward_hook(lambda *_: calls.append(enable))
     for enable in (False, True):
         if enable:
             model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
@@ -457,6 +458,7 @@ def test_gradient_checkpointing(use_reentrant: bool) -> None:
         torch.manual_seed(3)
         model(IDX, attention_mask=MASK, labels=IDX).loss.backward()
         gradients.append([parameter.grad for parameter in model.parameters()])
+    assert calls == [False, True, True]
     for plain, checkpointed in zip(*gradients, strict=True):
         assert torch.equal(plain, checkpointed)
 
@@ -514,6 +516,8 @@ def test_compiles_in_one_graph(attention: str, rope: bool) -> None:
         for mask in (None, MASK, MASK.bool(), additive(MASK)):
             expected = model(IDX, attention_mask=mask).logits
             assert_close(compiled(IDX, attention_mask=mask).logits, expected)
+        ids = torch.arange(2, 9)[None]
+        assert_close(compiled(IDX, position_ids=ids).logits, model(IDX, position_ids=ids).logits)
     compiled(IDX, labels=IDX).loss.backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
     torch._dynamo.reset()

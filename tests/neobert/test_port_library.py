@@ -301,7 +301,9 @@ def test_poisoned_memory_and_meta_device(tmp_path: Path, fields: dict[str, Any])
     assert classifier(IDX).logits.isfinite().all()
     with torch.device("meta"):
         empty = NeoBERTLMHead(NeoBERTConfig(**{**SIZES, **fields}))
-        assert empty(IDX.to("meta"), attention_mask=MASK.to("meta").float()).logits.shape == (2, 7, 37)
+        inputs = {"input_ids": IDX, "attention_mask": MASK.float(), "position_ids": torch.arange(7, device="cpu")[None]}
+        logits = empty(**{name: tensor.to("meta") for name, tensor in inputs.items()}).logits
+        assert logits.shape == (2, 7, 37)
     empty.load_state_dict(model.state_dict(), assign=True, strict=True)
     empty.tie_weights()
     assert torch.allclose(empty.eval()(IDX, attention_mask=MASK).logits, expected, atol=1e-5)

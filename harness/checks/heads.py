@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checks of the further classes beside a port's model: each computes what the original with such a head computes."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from harness.backends import pytorch
+from harness.cases import Case
+from harness.cases.weights import sensitising_state
+from harness.errors import Mismatch, Skip
+from harness.families import Fields, Head
+from harness.numerics import FLOAT32_INSIDE_BOUND, require_close
+from harness.routes.direct import fill
+from harness.routes.remote_code import directory
+from harness.trial import (
+    Trial,
+    draw,
+    load_class,
+    original_model,
+    port_class,
+    port_config,
+    prepare,
+    require_semantics,
+    worst,
+)
+
+if TYPE_CHECKING:
+    from harness.sandbox import Answer
+
+
+def logits(trial: Trial, case: Case) -> dict[str, float]:
+    """Logits of each head equal the original's, without a mask and with one that leaves the end of rows out.
+
+    Would have caught: a head on the mean of all tokens where the original takes the first, another activation, a bias
+    left out, a mask that the head does not pass on.
+    """
+    tokens = draw(trial, case).tokens
+    masks = {"": torch.ones(tokens.shape, dtype=torch.bool)}
+    if tokens.shape[1] > 1:
+        ends = torch.randint(
+            1, tokens.shape[1] + 1, (len(tokens), 1), generator=torch.Generator().manual_seed(case.seed)
+        )
+        masks[" with padding"] = torch.arange(tokens.shape[1]) < ends
+    numbers = []
+    for head, options in _each(trial):
+        original, port = _pair(trial, case, head, options)
+        for what, mask in masks.items():
+            with torch.no_grad():
+                expected = head.run_original(original, tokens, mask)
+            given = {} if not what else {"attention_mask": mask.long()}
+            actual = _call(trial, port, tokens, **given).logits.cpu()
+            if actual.shape != expected.shape:
+                raise Mismatch(f"{head.port}: logits of shape {tuple(actual.shape)}, expected {tuple(expected.shape)}")
+            numbers.append(require_semantics(trial, f"logits of {head.port}{_said(options)}{what}", actual, expected))
+    return worst(*numbers)
+
+
+def loss(trial: Trial, case: Case) -> dict[str, float]:
+    """The loss of each head for labels of its kind is the closed form on its logits, and comes before them in a tuple.
+
+    One after the other on one model: what kind of labels there were must not stay behind. Would have caught: a kind of
+    problem that is written into the configuration by the first batch, classes scored by a mean squared error.
+    """
+    tokens = draw(trial, case).tokens
+    numbers = []
+    for head, options in _each(trial):
+        _, port = _pair(trial, case, head, options)
+        labels = head.labels(len(tokens), options, case.seed)
+        for _ in range(2):
+            output = _call(trial, port, tokens, labels=labels)
+            expected = head.loss(output.logits.cpu(), labels, options)
+            what = f"loss of {head.port}{_said(options)}"
+            numbers.append(require_semantics(trial, what, output.loss.cpu(), expected))
+        plain = _call(trial, port, tokens, labels=labels, return_dict=False)
+        if not isinstance(plain, tuple) or plain[0].ndim or not torch.equal(plain[1], output.logits):
+            raise Mismatch(f"{head.port} with return_dict=False: the first two entries are not loss and logits")
+    return worst(*numbers)
+
+
+def saved(trial: Trial, case: Case) -> dict[str, float]:
+    """A saved head is loaded by its Auto class in a fresh process, complete, and gives the same logits.
+
+    What the port itself saves, or its converter writes, is loaded by that class too: all but the head comes from there.
+    Would have caught: a class that no auto_map names, tensors of the head left at random, a body whose names do not
+    fit under a head.
+    """
+    body = directory(trial, case, original_model(trial, case))
+    for head in trial.family.heads:
+        answer = _loaded(trial, head, body, draw(trial, case).tokens)
+        own = set(_pair(trial, case, head, head.options[0])[1].state_dict())
+        own -= set(prepare(trial, case).port.state_dict())
+        if not set(answer.values["loading"]["missing_keys"]) <= own:
+            missing = sorted(set(answer.values["loading"]["missing_keys"]) - own)
+            raise Mismatch(f"{head.auto_class} finds no {missing[0]} in what the port saves")
+    tokens = draw(trial, case).tokens
+    numbers: list[dict[str, float]] = []
+    for head, options in _each(trial):
+        _, port = _pair(trial, case, head, options)
+        expected = _call(trial, port, tokens).logits.cpu()
+        place = trial.workdir / f"{head.name}-{len(numbers)}"
+        port.save_pretrained(place)
+        answer = _loaded(trial, head, place, tokens)
+        loading = answer.values["loading"]
+        if problems := [*loading["missing_keys"], *loading["unexpected_keys"]]:
+            raise Mismatch(f"{problems[0]} of a saved {head.port} is missing or left over in a fresh process")
+        what = f"logits of a saved {head.port}{_said(options)}"
+        numbers.append({"error": require_close(what, answer.tensors["output.logits"], expected, bound=_bound(trial))})
+    return worst(*numbers)
+
+
+def _loaded(trial: Trial, head: Head, saved: Path, tokens: torch.Tensor) -> Answer:
+    """What a fresh process says of a saved directory that it loads by the Auto class of a head."""
+    request = {"directory": str(saved), "auto_class": head.auto_class, "dtype": trial.dtype}
+    answer = trial.sandbox.run("load_and_run", request, tensors={"input_ids": tokens}, hidden_paths=[trial.port.root])
+    if answer.values["class"] != head.port:
+        raise Mismatch(f"{head.auto_class} loads {answer.values['class']}, expected {head.port}")
+    return answer
+
+
+def _bound(trial: Trial) -> float:
+    return FLOAT32_INSIDE_BOUND if trial.float32_inside else 1e-9
+
+
+def _each(trial: Trial) -> Iterator[tuple[Head, Fields]]:
+    for head in trial.family.heads:
+        for options in head.options:
+            yield head, options
+
+
+def _said(options: Fields) -> str:
+    return f" ({', '.join(f'{name}={value!r}' for name, value in options.items())})" if options else ""
+
+
+def _pair(trial: Trial, case: Case, head: Head, options: Fields) -> tuple[torch.nn.Module, Any]:
+    """The original with this head (float64) and the port's class with the same sensitising weights."""
+    original = head.build_original(load_class(head.original, trial.port.root), case.fields, options)
+    original.load_state_dict(sensitising_state(original, gains=trial.family.gains, seed=case.seed))
+    original = original.double().eval()
+    model = port_class(trial)
+    cls: Any = getattr(sys.modules[model.__module__], head.port, None)
+    if cls is None:
+        raise Mismatch(f"there is no {head.port} beside {model.__name__}; the original has one")
+    port = cls(port_config(trial, case.fields, **options)).double()
+    problem = fill(port, original, head.port_key)
+    if problem and trial.port.loader != "state_dict":
+        raise Skip(f"the tensors of {head.port} have other names or shapes ({trial.port.load})")
+    if problem:
+        raise Mismatch(f"{head.port}: {problem}")
+    return original, port.to(device=pytorch.device_of(trial.backend)).eval()
+
+
+def _call(trial: Trial, model: Any, tokens: torch.Tensor, **options: Any) -> Any:
+    device = pytorch.device_of(trial.backend)
+    inputs = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in options.items()}
+    with torch.no_grad():
+        output = model(input_ids=tokens.to(device), **inputs)
+    if options.get("return_dict") is not False:
+        missing = [name for name in ("logits", *(["loss"] if "labels" in options else [])) if not hasattr(output, name)]
+        if missing:
+            raise Mismatch(f"{type(model).__name__} returns {type(output).__name__} without .{missing[0]}")
+    return output
