@@ -431,7 +431,7 @@ FAULTS: Mapping[str, tuple[str, Sequence[tuple[str, str, str]], Mapping[str, Any
         "tied",
         [("model.py", "heads = self.qkv(", "heads = self.kqv(")],
         {},
-        "the model fails at block.0 on 3 rows of 5 tokens, padded right and left: 'NeoBERTBlock' object has no attribute 'kqv'",
+        "the model fails at block.0 on 3 rows of 5 tokens, padded right and left: 'NeoBERTBlock' object has no",
     ),
     "longest text": (
         "tied",

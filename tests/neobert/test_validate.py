@@ -250,11 +250,12 @@ def add(name: str, tensor: torch.Tensor) -> Callable[[dict[str, torch.Tensor]], 
 NEEDS_MODEL = frozenset(check.name for check in probe.CHECKS if probe.LOAD in check.needs)
 NEEDS_TOKENIZER = frozenset(check.name for check in probe.CHECKS if probe.TOKENIZER in check.needs)
 DROP_KEYS = "scores_mask = mask.masked_fill(~has_keys, 0.0)[:, None, None, :]"
-TO_QUERY = "attention_mask = attention_mask.to(query.dtype)  # narrower under autocast"
+ROTATED = "            query, key = rotate(query, *angles), rotate(key, *angles)\n"
 NARROW = "output.reshape(rows, length, width), weights if output_attentions else None"
 INVERTED = (
-    TO_QUERY + "\n            if self.config._attn_implementation == 'sdpa' and not output_attentions:"
-    "\n                attention_mask = torch.where(attention_mask == 0, -math.inf, 0.0).to(query.dtype)"
+    ROTATED
+    + "        if attention_mask is not None and self.config._attn_implementation == 'sdpa' and not output_attentions:\n"
+    "            attention_mask = torch.where(attention_mask == 0, -math.inf, 0.0).to(query.dtype)\n"
 )
 REGISTERED = 'NeoBERT.register_for_auto_class("AutoModel")'
 TIED_ON_LOAD = """
@@ -269,12 +270,11 @@ NeoBERTLMHead.from_pretrained = classmethod(tied)
 """
 # The angles of all positions at once, as the first revisions of the exported model kept them.
 TABLE_KEPT = code(
-    "        self.gradient_checkpointing = False\n        self.post_init()",
-    "        self.gradient_checkpointing = False\n"
+    "        self.layer_norm = norm(config)\n",
+    "        self.layer_norm = norm(config)\n"
     "        cosine, sine = rotary_angles(torch.arange(64)[None], config.dim_head, dtype=torch.float64)\n"
     "        self.register_buffer('cosine', cosine, persistent=False)\n"
-    "        self.register_buffer('sine', sine, persistent=False)\n"
-    "        self.post_init()",
+    "        self.register_buffer('sine', sine, persistent=False)\n",
 )
 TABLE_READ = code(
     "angles = rotary_angles(position_ids, config.dim_head, dtype=inputs_embeds.dtype)",
@@ -475,7 +475,7 @@ FAULTS = [
     ),
     Fault(
         "sdpa takes the mask the other way round",
-        code(TO_QUERY, INVERTED),
+        code(ROTATED, INVERTED),
         {"mask forms", "padding", "all-masked row", "sdpa = eager", "first token", "encoding"},
         "an attention_mask of int64 that keeps all, compared with none: relative error",
         warning=frozenset({"cosine"}),
@@ -710,7 +710,7 @@ FOREIGN = each(
         "hidden_states=list(all_hidden_states) if output_hidden_states else None",
     ),
     code("    _supports_sdpa = True\n", "    _supports_sdpa = False\n"),
-    code(TO_QUERY, INVERTED.replace("self.config._attn_implementation == 'sdpa' and ", "")),
+    code(ROTATED, INVERTED.replace("self.config._attn_implementation == 'sdpa' and ", "")),
 )
 
 
