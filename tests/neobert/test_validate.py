@@ -253,8 +253,8 @@ DROP_KEYS = "scores_mask = mask.masked_fill(~has_keys, 0.0)[:, None, None, :]"
 ROTATED = "            query, key = rotate(query, *angles), rotate(key, *angles)\n"
 NARROW = "output.reshape(rows, length, width), weights if output_attentions else None"
 INVERTED = (
-    ROTATED
-    + "        if attention_mask is not None and self.config._attn_implementation == 'sdpa' and not output_attentions:\n"
+    ROTATED + "        sdpa = self.config._attn_implementation == 'sdpa' and not output_attentions\n"
+    "        if sdpa and attention_mask is not None:\n"
     "            attention_mask = torch.where(attention_mask == 0, -math.inf, 0.0).to(query.dtype)\n"
 )
 REGISTERED = 'NeoBERT.register_for_auto_class("AutoModel")'
