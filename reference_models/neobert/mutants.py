@@ -22,7 +22,7 @@ in_assets = functools.partial(planted, ROOM + "tokenizer_assets.py")
 
 BY_CHOICE = "    by_choice = torch.where(attention_mask == 0, -math.inf, nothing)\n"
 EAGER_MASK = "        scores = scores + attention_mask\n"
-TO_QUERY = "            attention_mask = attention_mask.to(query.dtype)  # narrower under autocast\n"
+ATTEND = "        output, weights = attention(\n"
 ANGLES = "            angles = rotary_angles(position_ids, config.dim_head, dtype=inputs_embeds.dtype)\n"
 POOLED = "        pooled = torch.tanh(self.dense(self.dropout(outputs.last_hidden_state[:, 0])))\n"
 
@@ -38,17 +38,16 @@ MASKS: tuple[Mutant, ...] = (
         "mask_inverted_in_sdpa",
         "the mask is inverted for every attention but the eager one",
         "masks.original masks.right_padding backend.attention_masked",
-        TO_QUERY,
-        TO_QUERY + "            if self.config._attn_implementation != 'eager' and not output_attentions:\n"
-        "                attention_mask = torch.where(attention_mask == 0, -math.inf, 0.0).to(query.dtype)\n",
+        ATTEND,
+        "        if self.config._attn_implementation != 'eager' and not output_attentions and has_keys is not None:\n"
+        "            attention_mask = torch.where(attention_mask == 0, -math.inf, 0.0).to(query.dtype)\n" + ATTEND,
     ),
     in_model(
         "mask_lost_in_sdpa",
         "every attention but the eager one is given no mask",
         "masks.original masks.right_padding backend.attention_masked",
-        TO_QUERY,
-        TO_QUERY
-        + "            if self.config._attn_implementation != 'eager':\n                attention_mask = None\n",
+        ATTEND,
+        "        if self.config._attn_implementation != 'eager':\n            attention_mask = None\n" + ATTEND,
     ),
     in_model(
         "mask_multiplies",
@@ -77,6 +76,13 @@ MASKS: tuple[Mutant, ...] = (
         "masks.additive",
         " | (attention_mask == 0).all()\n",
         "\n",
+    ),
+    in_model(
+        "float_mask_added",
+        "a mask of ones and zeros as floating numbers is added to the scores",
+        "masks.right_padding masks.left_padding masks.interior_padding",
+        "    return torch.where(is_additive, attention_mask.to(dtype), by_choice)\n",
+        "    return attention_mask.to(dtype)\n",
     ),
     in_model(
         "mask_cut_to_length",
