@@ -26,6 +26,7 @@ from harness.results import Result, checks_run
 from harness.runner import (
     COMMAND_EXAMPLES,
     HARNESS,
+    PROGRAM_EXAMPLES,
     Options,
     exit_code,
     plan,
@@ -221,14 +222,18 @@ def test_what_a_port_sets_for_the_whole_process_is_set_back(
     assert pytorch.settings() == before
 
 
-def test_a_converter_is_started_once_for_the_same_weights(tmp_path: Path, plain_port: PlainPort) -> None:
+@pytest.mark.parametrize(("option", "examples"), [("", PROGRAM_EXAMPLES), ("-O ", COMMAND_EXAMPLES)])
+def test_a_converter_is_started_once_for_the_same_weights(
+    tmp_path: Path, plain_port: PlainPort, option: str, examples: int
+) -> None:
+    # With an option for its interpreter it cannot be forked: a start costs seconds.
     (tmp_path / "convert.py").write_text(
         "import shutil, sys\nfrom pathlib import Path\nopen('starts', 'a').write('.')\n"
         "Path(sys.argv[2]).mkdir()\nshutil.copy(sys.argv[1], sys.argv[2])\n"
     )
     port = plain_port(
         tmp_path,
-        load=f"command:{sys.executable} convert.py {{checkpoint}} {{out}}",
+        load=f"command:{sys.executable} {option}convert.py {{checkpoint}} {{out}}",
         more="""
 @classmethod
 def from_pretrained(cls, directory):
@@ -242,8 +247,8 @@ def from_pretrained(cls, directory):
     checks = ["forward.lengths", "forward.causal", "forward.rows_independent", "forward.blocks"]
     results = check_parity(port, checks=checks, backends=["torch-cpu"])
     assert {result.status for result in results} == {"passed"}, [result.reason for result in results]
-    assert [result.examples for result in results] == [COMMAND_EXAMPLES] * 4
-    assert len((tmp_path / "starts").read_text()) == COMMAND_EXAMPLES
+    assert [result.examples for result in results] == [examples] * 4
+    assert len((tmp_path / "starts").read_text()) == examples
 
 
 def test_a_port_that_cannot_be_shown_is_checked_all_the_same(tmp_path: Path, plain_port: PlainPort) -> None:
