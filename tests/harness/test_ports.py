@@ -183,6 +183,19 @@ def test_a_file_of_a_package_is_imported_as_the_module_it_is(tmp_path: Path) -> 
     assert (found.width, found.__module__) == (5, "ports_pkg.inner.model")
 
 
+def test_a_package_of_a_name_that_is_imported_from_elsewhere_does_not_stand_in_for_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copies = [tmp_path / name for name in ("first", "second")]
+    for place in copies:
+        sibling = f"NAME = {place.name!r}\n"
+        files = {"ports_copied/__init__.py": "", "ports_copied/sibling.py": sibling}
+        write(place, {**files, "ports_copied/model.py": "from .sibling import NAME\n\nclass Model:\n    name = NAME\n"})
+    monkeypatch.setattr(sys, "path", [str(copies[0]), *sys.path])
+    found = [load_object("ports_copied/model.py:Model", root=place) for place in (*copies, *copies)]
+    assert [model.name for model in found] == ["first", "second", "first", "second"]
+
+
 def test_a_module_below_the_root_and_a_dotted_name_in_it(tmp_path: Path) -> None:
     write(tmp_path, {"ports_module.py": "class Outer:\n    class Inner:\n        def read(self): ...\n"})
     assert load_object("ports_module:Outer.Inner.read", root=tmp_path).__qualname__ == "Outer.Inner.read"
