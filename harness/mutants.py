@@ -163,16 +163,19 @@ def selftest(
 ) -> Iterator[Trapped]:
     """What becomes of each mutant, as verdicts come in.
 
-    Checks expected to kill run first, and a failure among them is the verdict; with `everything` all checks run, so
-    that every killer is known. Each mutant runs in a process of its own, in one of `jobs` gates side by side.
+    Checks expected to kill run first, in their order, up to the first that does and on to those that no mutant before
+    this one has tried: each is tried at least once. With `everything` all checks run, so that every killer is known.
+    Each mutant runs in a process of its own, in one of `jobs` gates side by side.
     time_limit: seconds of one check. Raises DescriptionError before anything runs when an edit does not match.
     """
     for mutant in mutants:
         mutated_source(mutant, port.root)
     context = multiprocessing.get_context("spawn")
     todo, done = context.Queue(), context.Queue()
+    tried: set[str] = set()
     for mutant in mutants:
-        todo.put(mutant)
+        todo.put((mutant, tuple(pattern for pattern in mutant.killers if pattern not in tried)))
+        tried.update(mutant.killers)
     workers = [
         context.Process(target=_work, args=(port, todo, done, everything, time_limit), daemon=False)
         for _ in range(max(1, min(jobs, len(mutants))))
@@ -211,16 +214,17 @@ def _work(port: Port, todo: Any, done: Any, everything: bool, time_limit: float)
     with gate(plan([port], options)) as opened:
         while True:
             try:
-                mutant = todo.get(timeout=0.5)
+                mutant, wanted = todo.get(timeout=0.5)
             except queue.Empty:
                 return
-            done.put(_verdict(mutant, port, opened, options, everything))
+            done.put(_verdict(mutant, port, opened, options, ("*",) if everything else wanted))
 
 
-def _verdict(mutant: Mutant, port: Port, opened: Gate, options: Options, everything: bool) -> Trapped:
+def _verdict(mutant: Mutant, port: Port, opened: Gate, options: Options, wanted: Sequence[str]) -> Trapped:
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as directory:
-        results = list(_results(mutant, plant(mutant, port, Path(directory)), opened, options, everything))
+        results = list(_results(mutant, plant(mutant, port, Path(directory)), opened, options, wanted))
+    run = [result.check for result in results]
     bad = [(result.check, result.reason) for result in results if result.status in BAD]
     if port.min_checks:
         # A check that falls silent is one too few, for which the gate is red as well.
@@ -234,25 +238,27 @@ def _verdict(mutant: Mutant, port: Port, opened: Gate, options: Options, everyth
         harmless=mutant.harmless,
         verdict=verdict,
         killers=killers,
-        missed=[pattern for pattern in mutant.killers if not fnmatch.filter(killers, pattern)],
+        missed=[name for name in mutant.killers if fnmatch.filter(run, name) and not fnmatch.filter(killers, name)],
         reason=bad[0][1] if bad else "",
         seconds=time.monotonic() - started,
     )
 
 
-def _results(mutant: Mutant, planted: Port, opened: Gate, options: Options, everything: bool) -> Iterator[Result]:
-    """What becomes of the checks, those expected to notice first; of no more once one of these has."""
+def _results(mutant: Mutant, planted: Port, opened: Gate, options: Options, wanted: Sequence[str]) -> Iterator[Result]:
+    """What becomes of the checks, those expected to notice first; once one has, only of those that are wanted."""
     from harness.runner import plan
 
-    items = plan([planted], options)
-    items.sort(key=lambda item: not _is_expected(mutant, item.check.id))
-    expected = sum(_is_expected(mutant, item.check.id) for item in items)
+    def place(check: str) -> int:
+        return next((place for place, name in enumerate(mutant.killers) if fnmatch.fnmatch(check, name)), last)
+
+    last = len(mutant.killers)
     noticed = False
-    for count, item in enumerate(items):
-        if noticed and count >= expected and not everything:
-            return
+    for item in sorted(plan([planted], options), key=lambda item: place(item.check.id)):
+        check = item.check.id
+        if noticed and not any(fnmatch.fnmatch(check, name) for name in wanted):
+            continue
         yield (result := opened.run(item, options))
-        silent = planted.min_checks and result.status == "skipped" and count < expected
+        silent = planted.min_checks and result.status == "skipped" and place(check) < last
         noticed = noticed or bool(silent) or result.status in BAD
 
 

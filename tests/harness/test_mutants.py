@@ -128,6 +128,8 @@ PLANTED = (
     at_import("exits-harmless", "import os; os.kill(os.getpid(), 9)", ()),
     at_import("interrupts", "raise KeyboardInterrupt"),
     in_model("next", "nn.GELU()", "nn.ReLU()", ["loss.value"]),
+    in_model("again", "nn.GELU()", "nn.ReLU()", ["forward.*", "config.fields"]),
+    in_model("other order", "nn.GELU()", "nn.ReLU()", ["config.fields", "forward.*"]),
 )
 
 
@@ -144,7 +146,7 @@ def verdicts() -> dict[str, Trapped]:
 @pytest.mark.parametrize(
     ("name", "verdict", "killers", "missed"),
     [
-        # Checks expected to notice run first, all of them; those that did not are named, the rest is not asked.
+        # Checks expected to notice run first, each at least once; those that did not are named, the rest is not asked.
         ("killed", "killed", ["forward.lengths"], ["config.fields"]),
         ("survived", "survived", [], ["loss.value"]),
         ("green", "green", [], []),
@@ -156,6 +158,8 @@ def verdicts() -> dict[str, Trapped]:
         ("interrupts", "killed", ["loss.value"], []),
         ("exits-harmless", "red", ["forward.lengths"], []),
         ("next", "killed", ["loss.value"], []),
+        ("again", "killed", ["forward.lengths"], []),
+        ("other order", "killed", ["forward.lengths"], ["config.fields"]),
     ],
 )
 def test_what_becomes_of_a_mutant(
