@@ -22,7 +22,7 @@ pytestmark = pytest.mark.benchmark(group="NeoBERT")
 
 # The default sizes with so many layers that float32 weights are 1.0 GB.
 LAYERS = 32
-COPIES = 3
+COPIES = 2
 WAIT_SECONDS = 600
 
 # What is timed is encoding; the vocabulary costs an encoder nothing.
@@ -44,7 +44,8 @@ import sys, torch, transformers
 from reference_models.neobert import export, model
 
 if sys.argv[2] == "unchecked":
-    export.compare = lambda config, staging, *, layout, load: [load(name) for name in layout]
+    # One tensor after the other, and none is kept.
+    export.compare = lambda config, staging, *, layout, load: any(load(name) is None for name in layout)
 print("ready", flush=True)
 for line in sys.stdin:
     export.export(sys.argv[1], output=line.strip())
