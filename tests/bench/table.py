@@ -11,7 +11,7 @@ from typing import Any
 
 CHECKS = "check, one case"
 PLANTED = "planted bugs"
-GROUPS = ("gate", "fresh process", "harness", "nanoGPT", "nanoMoE", "Hub", "Hub store")
+GROUPS = ("gate", "fresh process", "harness", "nanoGPT", "nanoMoE", "NeoBERT", "Hub", "Hub store")
 
 
 def main(file: str) -> None:
@@ -30,10 +30,15 @@ def overview(measured: Sequence[dict[str, Any]]) -> Iterator[str]:
 
 def beside(extra: dict[str, Any]) -> str:
     """The numbers that a benchmark noted beside its time."""
+    process = ""
+    if "process_mib" in extra:
+        process = f"{extra['process_mib']:.0f} MiB at most, {extra['process_over_file']:.2f} of the file"
     if "ratio" in extra:
         ratio = extra["ratio"]
         times = f"{1 / ratio:.1f} times as fast as" if ratio < 0.5 else f"{ratio:.2f} of the time of"
         memory = f"; server {extra['server_mib']:.0f} MiB" if "server_mib" in extra else ""
+        memory += f"; {process}" if process else ""
+        memory += f"; {extra['encoded_per_second']:.0f} tokens a second" if "encoded_per_second" in extra else ""
         if "peak_mib" in extra:
             memory = f"; {extra['tokens_per_second']:.0f} tokens a second"
             memory += f"; {extra['peak_mib']:.0f} MiB against {extra['baseline_peak_mib']:.0f} MiB"
@@ -46,7 +51,7 @@ def beside(extra: dict[str, Any]) -> str:
     if "kib_per_case" in extra:
         sizes = ", ".join(f"{extra[key]:.0f}" for key in extra if key.startswith("mib_after_"))
         return f"MiB after {', '.join(key[10:] for key in extra if key.startswith('mib_after_'))}: {sizes}"
-    return ""
+    return process
 
 
 def checks(measured: Sequence[dict[str, Any]]) -> Iterator[str]:
