@@ -21,7 +21,10 @@ DOCUMENT = ROOT / "docs/neobert.md"
 README = ROOT / "README.md"
 PORT = ROOT / "reference_models/neobert"
 # The environment that README makes cannot be made without a network; another Python stands in for its own.
-MADE_BEFORE = ["python3.11 -m venv /tmp/elsewhere", "/tmp/elsewhere/bin/python -m pip install torch transformers"]
+MADE_BEFORE = (
+    "python3.11 -m venv /tmp/elsewhere",
+    "/tmp/elsewhere/bin/python -m pip install -c constraints.txt torch transformers",
+)
 WITHOUT_THIS_PROJECT = "import sys; sys.modules.update(reference_models=None, harness=None); exec(sys.stdin.read())"
 
 
@@ -53,7 +56,7 @@ def test_the_readme_as_it_is_typed(reader: Reader) -> None:
     python.parent.mkdir(parents=True)
     python.write_text(f'#!/bin/sh\ntest "$*" = "-I -" && exec {sys.executable} -I -c "{WITHOUT_THIS_PROJECT}"\n')
     python.chmod(0o755)
-    script = typed.replace(".venv/bin/python", sys.executable).replace("/tmp/", f"{reader.top}/")
+    script = typed.replace("/tmp/", f"{reader.top}/").replace(".venv/bin/python", sys.executable)
     said = reader.run(["bash", "-euc", script], cwd=ROOT, env=reader.environment())
     lines = [line for text in texts(README, "text", section="NeoBERT") for line in text.splitlines()]
     for line in lines:
