@@ -67,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"error: {error.filename}: {error.strerror}; nothing was left there", file=sys.stderr)
+        print(f"error: {error.filename}: {error.strerror}; nothing was exported", file=sys.stderr)
         return 2
     for note in notes:
         if issubclass(note.category, UserWarning):

@@ -341,7 +341,7 @@ def encoding(subject: Subject) -> str:
     count = int(batch["attention_mask"][0].sum())
     sides = slice(count) if subject.tokenizer.padding_side == "right" else slice(-count, None)
     alike("a sentence in a batch", vectors[0, sides], "the sentence alone", alone[0])
-    return f"{len(SENTENCES)} sentences, vectors of shape {tuple(vectors.shape)}; each as it is alone"
+    return f"{len(SENTENCES)} sentences, vectors of shape {tuple(vectors.shape)}; the first as it is alone"
 
 
 def fill_mask(subject: Subject) -> str:

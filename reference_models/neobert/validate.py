@@ -417,13 +417,15 @@ def tensors_are_the_checkpoints(directory: Path, run: Run) -> str:
         elif not probe.same_bits(tensor, expected):
             difference = float((tensor.double() - expected.double()).abs().max())
             faults.append(f"{name} is not the checkpoint's, largest difference {difference:.3g}")
-    if run.fields["tie_word_embeddings"]:
-        # A tied decoder may be left out: it is the embedding.
-        lacking.pop(checkpoint.DECODER, None)
+    is_tied_away = run.fields["tie_word_embeddings"] and checkpoint.DECODER in lacking
+    if is_tied_away:
+        del lacking[checkpoint.DECODER]
     faults += [f"{name} of the checkpoint is missing" for name in lacking]
     if faults:
         raise Failed(some(faults))
-    return f"{len(checkpoint.layout(run))} tensors equal the checkpoint's, bit for bit"
+    count = len(checkpoint.layout(run)) - is_tied_away
+    tied = f"; {checkpoint.DECODER} is the embedding and left out" if is_tied_away else ""
+    return f"{count} tensors equal the checkpoint's, bit for bit{tied}"
 
 
 def outputs_are_the_checkpoints(directory: Path, run: Run, scratch: Path) -> str:

@@ -20,17 +20,13 @@ from harness.checks import CATALOGUE
 from harness.cli import parser
 from harness.ports import check_patterns, parse_ports
 from harness.runner import PROFILES
+from tests.docs.blocks import ROOT, dead_links, texts
 
-ROOT = Path(__file__).parents[2]
 GUIDE = ROOT / "docs/gating.md"
 EXAMPLE = ROOT / "docs/example"
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", GUIDE.read_text(), flags=re.MULTILINE | re.DOTALL)
-
-
-COMMANDS = [line for block in blocks("console") for line in block.splitlines()]
+COMMANDS = [line for block in texts(GUIDE, "console") for line in block.splitlines()]
 
 
 # The text
@@ -51,7 +47,7 @@ def test_every_command_is_one_that_exists(line: str, pytestconfig: pytest.Config
 
 
 def test_every_table_of_a_port_is_one_that_is_accepted() -> None:
-    tables = [tomllib.loads(block) for block in blocks("toml")]
+    tables = [tomllib.loads(block) for block in texts(GUIDE, "toml")]
     ports = [
         port
         for table in tables
@@ -77,8 +73,7 @@ def test_profiles_are_those_of_the_runner() -> None:
 
 
 def test_links_lead_to_files() -> None:
-    for link in re.findall(r"\]\((?!http)([^)#]+)\)", GUIDE.read_text()):
-        assert (GUIDE.parent / link).is_file(), link
+    assert dead_links(GUIDE) == []
     assert "docs/gating.md" in (ROOT / "README.md").read_text()
 
 
@@ -100,7 +95,7 @@ def test_the_failure_in_the_text_is_one_that_the_gate_prints(
     arguments = ["--checks", "forward.blocks", "--backend", "torch-cpu", "--report", "parity-report"]
     assert main(["check", *arguments]) == 1
     printed = capsys.readouterr().out
-    (shown,) = [block for block in blocks("text") if block.startswith("failed")]
+    (shown,) = [block for block in texts(GUIDE, "text") if block.startswith("failed")]
     for line in shown.splitlines():
         label, value = line[:15].strip(), line[15:].strip()
         if label in ("in", "config", "first at"):
@@ -131,7 +126,7 @@ def gate(directory: Path, *command: str, path: Path | None = None) -> subprocess
 
 def test_the_example_is_short_and_the_guide_shows_its_files() -> None:
     assert len((EXAMPLE / "bag_family.py").read_text().splitlines()) < 80
-    (shown,) = blocks("python")
+    (shown,) = texts(GUIDE, "python")
     assert shown in (EXAMPLE / "conftest.py").read_text()
 
 
@@ -162,7 +157,7 @@ def test_the_example_is_gated_by_the_command_with_an_entry_point_and_a_bug_is_pl
     information = package / "bag-1.dist-info"
     information.mkdir(parents=True)
     repository.mkdir()
-    (declared,) = [block for block in blocks("toml") if "entry-points" in block]
+    (declared,) = [block for block in texts(GUIDE, "toml") if "entry-points" in block]
     group = tomllib.loads(declared)["project"]["entry-points"]
     lines = [f"[{name}]\n" + "".join(f"{key} = {value}\n" for key, value in group[name].items()) for name in group]
     (information / "entry_points.txt").write_text("".join(lines))

@@ -15,17 +15,12 @@ import pytest
 
 from harness.hub import HubServer
 from harness.hub.environment import OLD_CACHES
+from tests.docs.blocks import ROOT, texts
 
-TOP = Path(__file__).parents[2]
+GUIDE = ROOT / "docs/hub.md"
 PROGRAMS = str(Path(sys.executable).parent)
 
 pytestmark = pytest.mark.hub
-
-
-def blocks(document: str, language: str, heading: str) -> list[str]:
-    """The code blocks of a language below a heading of a document."""
-    text = (TOP / document).read_text(encoding="utf-8").partition(f"## {heading}\n")[2]
-    return re.findall(rf"^```{language}\n(.*?)^```", text.partition("\n## ")[0], re.MULTILINE | re.DOTALL)
 
 
 def typed(block: str) -> list[str]:
@@ -36,7 +31,7 @@ def typed(block: str) -> list[str]:
 @pytest.mark.skipif(metadata.version("huggingface_hub").startswith("0."), reason="its `hf` has other commands")
 @pytest.mark.parametrize(("document", "heading"), [("README.md", "A Hub on loopback"), ("docs/hub.md", "From a shell")])
 def test_two_terminals(document: str, heading: str, tmp_path: Path) -> None:
-    one, two = (typed(block) for block in blocks(document, "console", heading)[:2])
+    one, two = (typed(block) for block in texts(ROOT / document, "console", section=heading)[:2])
     (tmp_path / "my-model").mkdir()
     (tmp_path / "my-model" / "config.json").write_text("{}")
     environment = {**os.environ, "PATH": f"{PROGRAMS}{os.pathsep}{os.environ['PATH']}"}
@@ -60,7 +55,7 @@ def test_two_terminals(document: str, heading: str, tmp_path: Path) -> None:
 
 
 def test_a_test_with_the_fixture(tmp_path: Path) -> None:
-    (block,) = blocks("docs/hub.md", "python", "In a test")
+    (block,) = texts(GUIDE, "python", section="In a test")
     (tmp_path / "test_it.py").write_text(block)
     (tmp_path / "publish.py").write_text(
         "import sys\nfrom huggingface_hub import HfApi\nHfApi().create_repo(sys.argv[1])\n"
@@ -71,8 +66,8 @@ def test_a_test_with_the_fixture(tmp_path: Path) -> None:
 
 
 def test_a_fault_from_python_and_from_a_shell(tmp_path: Path) -> None:
-    (python,) = blocks("docs/hub.md", "python", "Faults")
-    (shell,) = blocks("docs/hub.md", "console", "Faults")
+    (python,) = texts(GUIDE, "python", section="Faults")
+    (shell,) = texts(GUIDE, "console", section="Faults")
     with HubServer(tmp_path / "hub", faults_over_http=True) as hub:
         exec(python, {"hub": hub})
         assert [fault["close_after"] for fault in hub.faults.as_json()] == [1000]
@@ -87,7 +82,7 @@ def test_a_fault_from_python_and_from_a_shell(tmp_path: Path) -> None:
 
 
 def test_a_verified_snapshot(tmp_path: Path) -> None:
-    (block,) = blocks("docs/hub.md", "python", "Downloads that can be trusted")
+    (block,) = texts(GUIDE, "python", section="Downloads that can be trusted")
     with HubServer(tmp_path / "hub") as hub:
         repository = hub.store.create_repository("model", "alice", "model", private=False, author="alice")
         hub.store.create_tag(repository, "v1", at="main")
@@ -102,7 +97,7 @@ def test_a_verified_snapshot(tmp_path: Path) -> None:
 
 
 def test_every_variable_of_a_client_is_explained(tmp_path: Path) -> None:
-    text = (TOP / "docs" / "hub.md").read_text(encoding="utf-8")
+    text = GUIDE.read_text(encoding="utf-8")
     explained = set(
         re.findall(r"`([A-Z_]+)[=`]", text.partition("## What the variables are for")[2].partition("\n## ")[0])
     )

@@ -3,15 +3,9 @@
 
 from __future__ import annotations
 
-import os
 import re
-import shlex
 import shutil
-import subprocess
-import sys
-import tomllib
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,131 +23,19 @@ from transformers import (
 )
 
 from harness.hub import HubServer
-from harness.ports import parse_ports
 from reference_models.nanomoe.checkpoint import from_nanomoe_ckpt, to_nanomoe_directory
 from reference_models.nanomoe.configuration_nanomoe_gpt import GPTConfig
 from reference_models.nanomoe.modeling_nanomoe_gpt import GPT, GPTModel
+from tests.docs.blocks import ROOT, Reader, blocks, dead_links, every_fence_is_of_a_block
 
-ROOT = Path(__file__).parents[2]
 DOCUMENT = ROOT / "docs/nanomoe.md"
 PORT = ROOT / "reference_models/nanomoe"
 CODE = ("configuration_nanomoe_gpt.py", "modeling_nanomoe_gpt.py", "manager.py")
 TRANSFORMERS_5 = int(transformers.__version__.split(".")[0]) >= 5
 SIZES: dict[str, Any] = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 32, "vocab_size": 64}
 
-# Runs a program as `python FILE` in its directory does, but where this project cannot be imported.
-WITHOUT_THIS_PROJECT = (
-    "import runpy, sys; sys.modules.update(reference_models=None, harness=None); sys.path.insert(0, '');"
-    "runpy.run_path(sys.argv[1], run_name='__main__')"
-)
-
-
-@dataclass(frozen=True)
-class Block:
-    """A fenced block: its section, its language, its text, and the line of the document it starts in."""
-
-    section: str
-    language: str
-    text: str
-    line: int
-
-
-def blocks() -> list[Block]:
-    """Every fenced block, whatever its language."""
-    document = DOCUMENT.read_text(encoding="utf-8")
-    found = []
-    for match in re.finditer(r"^```(.*)\n((?:.*\n)*?)```$", document, flags=re.MULTILINE):
-        before = document[: match.start(2)]
-        sections = re.findall(r"^## (.*)$", before, flags=re.MULTILINE)
-        found.append(Block(sections[-1] if sections else "", match[1], match[2], before.count("\n")))
-    return found
-
-
-BLOCKS = blocks()
+BLOCKS = blocks(DOCUMENT)
 SECTIONS = list(dict.fromkeys(block.section for block in BLOCKS))
-
-
-@dataclass
-class Reader:
-    """Somebody who types what a section shows, at the top of a directory of their own."""
-
-    top: Path
-    names: dict[str, Any] = field(default_factory=lambda: {"__name__": "nanomoe_document"})
-    variables: dict[str, str] = field(default_factory=lambda: {"HF_HUB_OFFLINE": "1"})
-    hub: subprocess.Popen[str] | None = None
-    hub_address: str = ""
-    programs: int = 0
-
-    def follow(self, block: Block) -> None:
-        steps = {"python": self.python, "console": self.console, "toml": self.table}
-        steps[block.language](block)
-
-    def environment(self, **variables: str) -> dict[str, str]:
-        """Variables of a shell that has nothing of this project, nor of whoever runs the tests."""
-        kept = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "PYTEST_", "PYTHON"))}
-        return {**kept, "HF_HOME": str(self.top / "home"), "NO_PROXY": "127.0.0.1", **self.variables, **variables}
-
-    def python(self, block: Block) -> None:
-        program = re.match(r"# ((?:workspace|elsewhere)/\w+\.py)\n", block.text)
-        if program is None:
-            # As far down as in the document, so that a traceback shows the line.
-            exec(compile("\n" * block.line + block.text, DOCUMENT, "exec"), self.names)
-            return
-        file = self.top / program[1]
-        file.write_text(block.text, encoding="utf-8")
-        done = self.program(file)
-        assert done.returncode == 0, done.stdout + done.stderr
-
-    def program(self, file: Path) -> subprocess.CompletedProcess[str]:
-        """Run a program in its directory, with caches that nobody has filled."""
-        self.programs += 1
-        home = str(self.top / f"home-{self.programs}")
-        return subprocess.run(
-            [sys.executable, "-c", WITHOUT_THIS_PROJECT, file.name],
-            cwd=file.parent,
-            env=self.environment(HF_HOME=home, HF_MODULES_CACHE=f"{home}/modules"),
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
-        )
-
-    def console(self, block: Block) -> None:
-        for line in block.text.splitlines():
-            words = shlex.split(line)
-            if words[0] == "export":
-                given = dict(word.split("=", 1) for word in words[1:])
-                assert given["HF_ENDPOINT"] == "http://127.0.0.1:8023"
-                self.variables = given | {"HF_ENDPOINT": self.hub_address}
-            elif words[:2] == ["parity", "hub"]:
-                command = [sys.executable, "-m", "harness.cli", *words[1:]]
-                command[command.index("--port") + 1] = "0"  # whichever is free
-                environment = self.environment(PYTHONPATH=str(ROOT))
-                self.hub = subprocess.Popen(
-                    command, cwd=self.top, env=environment, stdout=subprocess.PIPE, text=True, bufsize=1
-                )
-                assert self.hub.stdout is not None
-                self.hub_address = self.hub.stdout.readline().strip()
-            elif words[0] == "parity":
-                command = [sys.executable, "-m", "harness.cli", *words[1:]]
-                said = self.run(command, cwd=self.top, env=self.environment(PYTHONPATH=str(ROOT)))
-                assert "passed" in said
-            else:
-                assert words[0] in ("mkdir", "cp"), line
-                self.run(words, cwd=self.top, env=self.environment())
-
-    def table(self, block: Block) -> None:
-        """Write the table where it belongs, beside the files it names."""
-        (port,) = parse_ports(tomllib.loads(block.text)["tool"]["parity"], root=self.top, file="nanomoe.md")
-        for name in port.code:
-            (self.top / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(PORT / Path(name).name, self.top / name)
-        (self.top / "pyproject.toml").write_text(block.text, encoding="utf-8")
-
-    def run(self, command: list[str], *, cwd: Path, env: dict[str, str]) -> str:
-        done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300, check=False)
-        assert done.returncode == 0, f"{shlex.join(command)}\n{done.stdout}{done.stderr}"
-        return done.stdout
 
 
 @pytest.fixture
@@ -165,11 +47,9 @@ def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None) ->
     monkeypatch.chdir(tmp_path)
     (tmp_path / "reference_models").symlink_to(ROOT / "reference_models")
     torch.manual_seed(0)
-    reader = Reader(tmp_path)
+    reader = Reader(DOCUMENT, PORT, tmp_path)
     yield reader
-    if reader.hub is not None:
-        reader.hub.terminate()
-        reader.hub.communicate()
+    reader.leave()
 
 
 # The text
@@ -183,21 +63,13 @@ def test_section(section: str, reader: Reader) -> None:
 
 
 def test_every_block_belongs_to_a_section_and_has_a_language_that_is_run() -> None:
-    fences = re.findall(r"^```", DOCUMENT.read_text(encoding="utf-8"), flags=re.MULTILINE)
-    assert len(fences) == 2 * len(BLOCKS)
+    assert every_fence_is_of_a_block(DOCUMENT)
     assert {block.language for block in BLOCKS} == {"python", "console", "toml"}
     assert "" not in SECTIONS
 
 
 def test_links_lead_to_files_and_headings() -> None:
-    text = DOCUMENT.read_text(encoding="utf-8")
-    headings = {
-        re.sub(r"[^a-z0-9 -]", "", heading.lower()).replace(" ", "-")
-        for heading in re.findall(r"^#+ (.*)$", text, flags=re.MULTILINE)
-    }
-    for file, anchor in re.findall(r"\]\(([^)#]*)#?([^)]*)\)", text):
-        assert not file or (DOCUMENT.parent / file).is_file(), file
-        assert not anchor or anchor in headings, anchor
+    assert dead_links(DOCUMENT) == []
 
 
 def test_every_defect_of_the_existing_port_has_its_row() -> None:
