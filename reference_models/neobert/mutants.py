@@ -706,4 +706,29 @@ HARMLESS: tuple[Mutant, ...] = (
     in_export("one_tensor_waits", "fewer tensors wait for the disk", "", "_WAITING = 2  #", "_WAITING = 1  #"),
 )
 
-MUTANTS = (*MASKS, *POSITIONS, *COMPUTATION, *LOSSES, *HEADS, *LIBRARY, *EXPORT, *HARMLESS)
+OUTPUTS: tuple[Mutant, ...] = (
+    in_model(
+        "attentions_without_mask",
+        "the attentions that are returned give weight to padding",
+        "api.attentions",
+        "    return torch.matmul(dropped, value).transpose(1, 2), weights\n",
+        "    raw = F.softmax(torch.matmul(query, key.transpose(-1, -2)) * scaling, dim=-1)\n"
+        "    return torch.matmul(dropped, value).transpose(1, 2), raw\n",
+    ),
+    in_model(
+        "attentions_backwards",
+        "the attentions of the last block come first",
+        "api.attentions",
+        "                all_attentions += (weights,)\n",
+        "                all_attentions = (weights, *all_attentions)\n",
+    ),
+    in_model(
+        "mask_lost_with_states",
+        "whoever asks for hidden states gets them without the mask from the first block on",
+        "api.hidden_states",
+        "                attention_mask=scores_mask,\n",
+        "                attention_mask=None if all_hidden_states else scores_mask,\n",
+    ),
+)
+
+MUTANTS = (*MASKS, *POSITIONS, *COMPUTATION, *LOSSES, *HEADS, *LIBRARY, *OUTPUTS, *EXPORT, *HARMLESS)
