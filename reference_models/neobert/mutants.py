@@ -729,6 +729,13 @@ OUTPUTS: tuple[Mutant, ...] = (
         "                attention_mask=scores_mask,\n",
         "                attention_mask=None if all_hidden_states else scores_mask,\n",
     ),
+    in_model(
+        "masked_row_gradient",
+        "a row that is masked as a whole has no finite gradient, though finite outputs",
+        "training.gradients_masked",
+        "            scores_mask = mask.masked_fill(~has_keys, 0.0)[:, None, None, :]\n",
+        "            scores_mask = mask[:, None, None, :]\n",
+    ),
 )
 
 MUTANTS = (*MASKS, *POSITIONS, *COMPUTATION, *LOSSES, *HEADS, *LIBRARY, *OUTPUTS, *EXPORT, *HARMLESS)
