@@ -736,6 +736,34 @@ OUTPUTS: tuple[Mutant, ...] = (
         "            scores_mask = mask.masked_fill(~has_keys, 0.0)[:, None, None, :]\n",
         "            scores_mask = mask[:, None, None, :]\n",
     ),
+    in_model(
+        "position_ids_of_one_row",
+        "position_ids of the first row are those of all",
+        "forward.position_ids",
+        "            angles = rotary_angles(position_ids, config",
+        "            angles = rotary_angles(position_ids[:1], config",
+    ),
+    in_model(
+        "learned_position_ids_of_one_row",
+        "learned positions are looked up by the position_ids of the first row",
+        "forward.position_ids",
+        "            return position_ids\n",
+        "            return position_ids[:1]\n",
+    ),
+    in_model(
+        "embeds_count_padding",
+        "learned positions of embeddings count their padding",
+        "forward.inputs_embeds",
+        "        elif mask is not None:\n            content = mask >= 0\n",
+        "",
+    ),
+    in_model(
+        "ids_beside_embeds",
+        "ids that come with embeddings are dropped in silence",
+        "forward.inputs_embeds",
+        "        if (input_ids is None) == (inputs_embeds is None):\n",
+        "        if input_ids is None and inputs_embeds is None:\n",
+    ),
 )
 
 MUTANTS = (*MASKS, *POSITIONS, *COMPUTATION, *LOSSES, *HEADS, *LIBRARY, *OUTPUTS, *EXPORT, *HARMLESS)
