@@ -65,7 +65,8 @@ def loss(trial: Trial, case: Case) -> dict[str, float]:
     """The loss of each head for labels of its kind is the closed form on its logits, and comes before them in a tuple.
 
     One after the other on one model: what kind of labels there were must not stay behind. Would have caught: a kind of
-    problem that is written into the configuration by the first batch, classes scored by a mean squared error.
+    problem that is written into the configuration by the first batch, classes scored by a mean squared error, also
+    where labels alone say what they are.
     """
     tokens = draw(trial, case).tokens
     numbers = []
@@ -77,6 +78,13 @@ def loss(trial: Trial, case: Case) -> dict[str, float]:
             expected = head.loss(output.logits.cpu(), labels, options)
             what = f"loss of {head.port}{_said(options)}"
             numbers.append(require_semantics(trial, what, output.loss.cpu(), expected))
+        if options.get("problem_type"):
+            # As most callers have it: the number of labels and their type say what kind of problem it is.
+            port.config.problem_type = None
+            what = f"loss of {head.port}{_said(options)}, its problem_type left out"
+            numbers.append(
+                require_semantics(trial, what, _call(trial, port, tokens, labels=labels).loss.cpu(), expected)
+            )
         plain = _call(trial, port, tokens, labels=labels, return_dict=False)
         if not isinstance(plain, tuple) or plain[0].ndim or not torch.equal(plain[1], output.logits):
             raise Mismatch(f"{head.port} with return_dict=False: the first two entries are not loss and logits")

@@ -708,6 +708,20 @@ HARMLESS: tuple[Mutant, ...] = (
 
 OUTPUTS: tuple[Mutant, ...] = (
     in_model(
+        "regression_by_type_only",
+        "one label is a class unless the configuration says that it is a number",
+        "heads.loss",
+        '            problem = "regression" if self.num_labels == 1 else kind\n',
+        "            problem = kind\n",
+    ),
+    in_model(
+        "classes_unless_told",
+        "labels of several classes at once are taken for one class",
+        "heads.loss",
+        'kind = "single_label_classification" if is_class else "multi_label_classification"\n',
+        'kind = "single_label_classification"\n',
+    ),
+    in_model(
         "attentions_without_mask",
         "the attentions that are returned give weight to padding",
         "api.attentions",
