@@ -26,6 +26,15 @@ TO_QUERY = "            attention_mask = attention_mask.to(query.dtype)  # narro
 ANGLES = "            angles = rotary_angles(position_ids, config.dim_head, dtype=inputs_embeds.dtype)\n"
 POOLED = "        pooled = torch.tanh(self.dense(self.dropout(outputs.last_hidden_state[:, 0])))\n"
 
+CLASSIFIER_CALL = """            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
+            **kwargs,
+        )
+        pooled"""
+
 MASKS: tuple[Mutant, ...] = (
     in_model(
         "mask_inverted",
@@ -707,6 +716,20 @@ HARMLESS: tuple[Mutant, ...] = (
 )
 
 OUTPUTS: tuple[Mutant, ...] = (
+    in_model(
+        "classifier_without_states",
+        "the classifier never returns hidden states",
+        "heads.logits",
+        CLASSIFIER_CALL,
+        CLASSIFIER_CALL.replace("output_hidden_states=output_hidden_states", "output_hidden_states=False"),
+    ),
+    in_model(
+        "classifier_without_positions",
+        "the classifier keeps position_ids to itself",
+        "heads.logits",
+        CLASSIFIER_CALL,
+        CLASSIFIER_CALL.replace("position_ids=position_ids", "position_ids=None"),
+    ),
     in_model(
         "regression_by_type_only",
         "one label is a class unless the configuration says that it is a number",
