@@ -103,7 +103,7 @@ CATALOGUE: tuple[Check, ...] = (
     Check(id="forward.causal", needs=("causal",), devices=True, cases="independent"),
     Check(id="forward.deterministic", needs=("logits",), devices=True),
     Check(id="forward.inputs_embeds", needs=("logits",), devices=True, cases="independent"),
-    Check(id="forward.position_ids", needs=("learned_positions",), devices=True),
+    Check(id="forward.position_ids", needs=("learned_positions",), devices=True, cases="independent"),
     Check(id="masks.none_is_ones", needs=("masks",), devices=True),
     Check(id="masks.additive", needs=("masks",), devices=True),
     Check(id="masks.original", needs=("masks",), devices=True),

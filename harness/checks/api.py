@@ -25,6 +25,7 @@ from harness.trial import (
     config_class,
     field_known_by,
     initial_original,
+    is_asked,
     original_model,
     outputs_of,
     port_class,
@@ -281,7 +282,8 @@ def hidden_states(trial: Trial, case: Case) -> dict[str, float]:
     """Hidden states follow the library's contract: the embedding, then each block's output, the last one normed.
 
     Compared with the original's own; gradients flow through each to the token embedding. Would have caught: the last
-    entry before the norm, the embedding left out, detached states, which train nothing in a distillation.
+    entry before the norm, the embedding left out, detached states, which train nothing in a distillation, a mask that
+    is forgotten when states are asked for.
     """
     pair = prepare(trial, case)
     assert trial.family.taps is not None  # the check needs taps
@@ -307,7 +309,25 @@ def hidden_states(trial: Trial, case: Case) -> dict[str, float]:
         )
     )
     _require_gradients(pair.port, states)
-    return numbers
+    return worst(numbers, _same_beside_a_mask(trial, pair, "output_hidden_states"))
+
+
+def _same_beside_a_mask(trial: Trial, pair: Pair, option: str) -> dict[str, float]:
+    """What is computed of a masked batch is the same whether more of it is returned."""
+    if not is_asked(trial, "masks", "masks.right_padding") or not takes(pair.port, "attention_mask"):
+        return {}
+    tokens, mask = pair.batch.tokens, _end_masked(pair.batch.tokens)
+    plain = port_logits(trial, pair.port, tokens, attention_mask=mask)
+    asked = port_logits(trial, pair.port, tokens, attention_mask=mask, **{option: True})
+    what = f"logits of a masked batch with {option}=True"
+    return require_semantics(trial, what, asked[mask.bool()], plain[mask.bool()])
+
+
+def _end_masked(tokens: torch.Tensor) -> torch.Tensor:
+    """An int64 mask (rows, tokens) without the last token, if there is another."""
+    mask = torch.ones_like(tokens)
+    mask[:, 1:][:, -1:] = 0
+    return mask
 
 
 def _require_gradients(model: Any, states: Sequence[torch.Tensor]) -> None:
@@ -330,9 +350,11 @@ def _require_gradients(model: Any, states: Sequence[torch.Tensor]) -> None:
 def attentions(trial: Trial, case: Case) -> dict[str, float]:
     """Attention weights with eager attention: a tensor a block, a map a head, rows that sum to one, nothing masked.
 
-    Would have caught: scores instead of weights, dropout in what is returned, a causal mask that leaks, the weights of
-    the last block alone, the mean over the heads in place of each.
+    They are in the order of the blocks: other weights of the last one change its own map alone. Would have caught:
+    scores instead of weights, dropout in what is returned, a causal mask that leaks, padding that has weight in them,
+    the weights of the last block alone or first, the mean over the heads in place of each.
     """
+    case = _at_least_two_layers(trial, at_least_two_tokens(case))
     pair = prepare(trial, case)
     model: Any = pair.port
     if hasattr(model, "set_attn_implementation"):
@@ -357,7 +379,42 @@ def attentions(trial: Trial, case: Case) -> dict[str, float]:
         # One token has one place to look at, whichever head looks.
         if count > 1 and tensor.shape[1] > 1 and bool((tensor == tensor[:, :1]).all()):
             raise Mismatch(f"attentions[{layer}] has the same map for every head, though their weights differ")
-    return {"layers": float(len(weights))}
+    numbers = _masked_attentions(trial, pair)
+    _require_order(trial, pair, weights)
+    return {"layers": float(len(weights)), **numbers}
+
+
+def _masked_attentions(trial: Trial, pair: Pair) -> dict[str, float]:
+    if not is_asked(trial, "masks", "masks.right_padding") or not takes(pair.port, "attention_mask"):
+        return {}
+    tokens = pair.batch.tokens
+    mask = _end_masked(tokens).bool()
+    output = _call(trial, pair.port, tokens, attention_mask=mask.long(), output_attentions=True)
+    for layer, tensor in enumerate(output.attentions):
+        seen = tensor.cpu().transpose(1, 2)[mask]  # (real tokens, heads, keys)
+        if bool((seen[..., ~mask[0]] != 0).any()):
+            raise Mismatch(f"attentions[{layer}] has weight on masked tokens, which had none in what was computed")
+        require_close(f"sums of attentions[{layer}]", seen.sum(-1), torch.ones_like(seen.sum(-1)), bound=1e-5)
+    return _same_beside_a_mask(trial, pair, "output_attentions")
+
+
+def _require_order(trial: Trial, pair: Pair, weights: Sequence[torch.Tensor]) -> None:
+    """Raises Mismatch when a map before the last depends on the last block, which it comes before."""
+    if len(weights) < 2:
+        return
+    model = pair.port
+    for path in _stacks(model, len(weights)):
+        last = cast(torch.nn.ModuleList, model.get_submodule(path))[-1]
+        with torch.no_grad():
+            for parameter in last.parameters():
+                parameter.add_(torch.ones_like(parameter).cumsum(-1).sin())
+    after = _call(trial, model, pair.batch.tokens, output_attentions=True).attentions
+    for layer, (tensor, before) in enumerate(zip(after[:-1], weights[:-1], strict=True)):
+        if not torch.equal(tensor, before):
+            raise Mismatch(
+                f"attentions[{layer}] changes with the weights of the last of {len(weights)} blocks;"
+                " expected the maps in the order of the blocks"
+            )
 
 
 def logits_to_keep(trial: Trial, case: Case) -> dict[str, float]:

@@ -11,6 +11,7 @@ import torch
 from harness import localise
 from harness.cases import Case, large_cases
 from harness.checks.loss import at_least_two_tokens, original_targets, port_labels
+from harness.checks.masks import padded_batch
 from harness.errors import Mismatch, Skip
 from harness.families import has_relative_positions
 from harness.layout import layout_of
@@ -288,9 +289,10 @@ def deterministic(trial: Trial, case: Case) -> dict[str, float]:
 
 
 def inputs_embeds(trial: Trial, case: Case) -> dict[str, float]:
-    """Token embeddings given as `inputs_embeds` are the same input as the token ids.
+    """Token embeddings given as `inputs_embeds` are the same input as the token ids, behind padding too.
 
-    Would have caught: positions, scaling or dropout that are applied on one of the two paths only.
+    Both at once are refused. Would have caught: positions, scaling or dropout that are applied on one of the two paths
+    only, positions that count the padding of embeddings, ids that are dropped in silence beside embeddings.
     """
     pair = prepare(trial, case)
     tokens = content_tokens(trial, case, pair.batch.tokens)
@@ -303,7 +305,33 @@ def inputs_embeds(trial: Trial, case: Case) -> dict[str, float]:
     if gradient is None:
         raise Mismatch("no gradient reaches inputs_embeds, so that a prompt cannot be tuned")
     numbers = require_semantics(trial, "logits from inputs_embeds", actual.detach(), expected)
-    return worst(numbers, _embeds_behind_a_cache(trial, pair, embeds.detach(), expected))
+    try:
+        port_logits(trial, pair.port, tokens, inputs_embeds=embeds.detach())
+    except (ValueError, TypeError):
+        pass
+    else:
+        raise Mismatch("input_ids and inputs_embeds are accepted together; expected a ValueError, one is not used")
+    return worst(
+        numbers,
+        _embeds_behind_padding(trial, case, pair),
+        _embeds_behind_a_cache(trial, pair, embeds.detach(), expected),
+    )
+
+
+def _embeds_behind_padding(trial: Trial, case: Case, pair: Pair) -> dict[str, float]:
+    if not (is_asked(trial, "masks", "masks.left_padding") and takes(pair.port, "attention_mask")):
+        return {}
+    padded = padded_batch(trial, case, pair, "left")
+    tokens = torch.where(padded.mask, content_tokens(trial, case, padded.tokens), padded.tokens)
+    embedding = pair.port.get_input_embeddings()  # type: ignore[operator]
+    embeds = embedding(tokens.to(embedding.weight.device)).detach()
+    mask = padded.mask.long()
+    expected = port_logits(trial, pair.port, tokens, attention_mask=mask)
+    with torch.no_grad():
+        output = call_port(trial, pair.port, None, inputs_embeds=embeds, attention_mask=mask)
+    actual = outputs_of(trial, output)["logits"]
+    what = "logits from inputs_embeds of left-padded rows"
+    return require_semantics(trial, what, actual[padded.mask], expected[padded.mask])
 
 
 def _embeds_behind_a_cache(trial: Trial, pair: Pair, embeds: torch.Tensor, expected: torch.Tensor) -> dict[str, float]:
@@ -320,15 +348,16 @@ def _embeds_behind_a_cache(trial: Trial, pair: Pair, embeds: torch.Tensor, expec
 def position_ids(trial: Trial, case: Case) -> dict[str, float]:
     """`position_ids` are the rows of the position table that are used, and the default counts from zero.
 
-    They count beside a mask too. The oracle for shifted positions is the original with its table rolled. Where only
-    distances matter a shift changes nothing, wherever it leads, and a gap is the original's with tokens masked there.
-    Would have caught: position_ids accepted and ignored, or overruled by a mask; positions that start at one; an
-    IndexError of a table of rotations.
+    They count beside a mask too, and each row has its own. The oracle for shifted positions is the original with its
+    table rolled. Where only distances matter a shift changes nothing, wherever it leads, and a gap is the original's
+    with tokens masked there.
+    Would have caught: position_ids accepted and ignored, or overruled by a mask; those of the first row used for all;
+    positions that start at one; an IndexError of a table of rotations.
     """
     if has_relative_positions(trial.family, case.fields):
         return _relative_position_ids(trial, case)
     maximum, start = case.fields[trial.family.maximum_length], trial.family.first_position
-    pair = prepare(trial, case)
+    pair = prepare(trial, dataclasses.replace(case, rows=max(case.rows, 2)))
     tokens = content_tokens(trial, case, pair.batch.tokens)
     shift = 1 + case.seed % max(maximum - tokens.shape[1], 1)
     if shift + tokens.shape[1] > maximum:
@@ -357,11 +386,15 @@ def position_ids(trial: Trial, case: Case) -> dict[str, float]:
         actual = port_logits(trial, pair.port, tokens, position_ids=given, attention_mask=mask)
         what = f"logits with position_ids from {start + shift}{what}"
         numbers.append(require_semantics(trial, what, actual, expected))
+    ids[1:] -= shift
+    expected[1:] = run_original(trial, pair.original, tokens, pair.batch.targets)["logits"][1:]
+    actual = port_logits(trial, pair.port, tokens, position_ids=ids)
+    numbers.append(require_semantics(trial, "logits with position_ids of its own for a row", actual, expected))
     return worst(*numbers)
 
 
 def _relative_position_ids(trial: Trial, case: Case) -> dict[str, float]:
-    pair = prepare(trial, at_least_two_tokens(case))
+    pair = prepare(trial, dataclasses.replace(at_least_two_tokens(case), rows=max(case.rows, 2)))
     tokens = pair.batch.tokens
     count, maximum = tokens.shape[1], case.fields[trial.family.maximum_length]
     plain = run_original(trial, pair.original, tokens, pair.batch.targets)["logits"]
@@ -380,6 +413,10 @@ def _relative_position_ids(trial: Trial, case: Case) -> dict[str, float]:
             expected = trial.family.run_masked(pair.original, wider, mask)["logits"][:, ids]
         actual = port_logits(trial, pair.port, tokens, position_ids=ids.expand_as(tokens))
         numbers.append(require_semantics(trial, f"logits with position_ids that skip {gap}", actual, expected))
+        ids = torch.stack([ids, *[torch.arange(count)] * (len(tokens) - 1)])
+        expected = torch.cat([expected[:1], plain[1:]])
+        actual = port_logits(trial, pair.port, tokens, position_ids=ids)
+        numbers.append(require_semantics(trial, "logits with position_ids of its own for a row", actual, expected))
     return worst(*numbers)
 
 

@@ -20,6 +20,7 @@ from harness.routes.direct import fill
 from harness.routes.remote_code import directory
 from harness.trial import (
     Trial,
+    content_tokens,
     draw,
     load_class,
     original_model,
@@ -27,6 +28,7 @@ from harness.trial import (
     port_config,
     prepare,
     require_semantics,
+    takes,
     worst,
 )
 
@@ -38,7 +40,7 @@ def logits(trial: Trial, case: Case) -> dict[str, float]:
     """Logits of each head equal the original's, without a mask and with one that leaves the end of rows out.
 
     Would have caught: a head on the mean of all tokens where the original takes the first, another activation, a bias
-    left out, a mask that the head does not pass on.
+    left out, a mask that the head does not pass on, or embeddings, positions, the wish for hidden states.
     """
     tokens = draw(trial, case).tokens
     masks = {"": torch.ones(tokens.shape, dtype=torch.bool)}
@@ -58,6 +60,28 @@ def logits(trial: Trial, case: Case) -> dict[str, float]:
             if actual.shape != expected.shape:
                 raise Mismatch(f"{head.port}: logits of shape {tuple(actual.shape)}, expected {tuple(expected.shape)}")
             numbers.append(require_semantics(trial, f"logits of {head.port}{_said(options)}{what}", actual, expected))
+        numbers.append(_passes_on(trial, case, head, port, tokens))
+    return worst(*numbers)
+
+
+def _passes_on(trial: Trial, case: Case, head: Head, port: Any, tokens: torch.Tensor) -> dict[str, float]:
+    """Embeddings, positions and the wish for hidden states reach the model below a head, where it takes them."""
+    content = content_tokens(trial, case, tokens)
+    expected = _call(trial, port, content).logits.cpu()
+    numbers = []
+    if takes(port, "inputs_embeds"):
+        table = port.get_input_embeddings()
+        embeds = table(content.to(table.weight.device)).detach()
+        actual = _call(trial, port, None, inputs_embeds=embeds).logits.cpu()
+        numbers.append(require_semantics(trial, f"logits of {head.port} from inputs_embeds", actual, expected))
+    if takes(port, "position_ids") and tokens.shape[1] > 1:
+        backwards = torch.arange(tokens.shape[1]).flip(0).expand_as(tokens)
+        if torch.equal(_call(trial, port, content, position_ids=backwards).logits.cpu(), expected):
+            raise Mismatch(f"{head.port}: position_ids change nothing; expected that the model below is given them")
+    if takes(port, "output_hidden_states"):
+        output = _call(trial, port, tokens, output_hidden_states=True)
+        if not getattr(output, "hidden_states", None):
+            raise Mismatch(f"{head.port}: output_hidden_states=True gives no hidden_states")
     return worst(*numbers)
 
 
@@ -65,7 +89,8 @@ def loss(trial: Trial, case: Case) -> dict[str, float]:
     """The loss of each head for labels of its kind is the closed form on its logits, and comes before them in a tuple.
 
     One after the other on one model: what kind of labels there were must not stay behind. Would have caught: a kind of
-    problem that is written into the configuration by the first batch, classes scored by a mean squared error.
+    problem that is written into the configuration by the first batch, classes scored by a mean squared error, also
+    where labels alone say what they are.
     """
     tokens = draw(trial, case).tokens
     numbers = []
@@ -77,6 +102,13 @@ def loss(trial: Trial, case: Case) -> dict[str, float]:
             expected = head.loss(output.logits.cpu(), labels, options)
             what = f"loss of {head.port}{_said(options)}"
             numbers.append(require_semantics(trial, what, output.loss.cpu(), expected))
+        if options.get("problem_type"):
+            # As most callers have it: the number of labels and their type say what kind of problem it is.
+            port.config.problem_type = None
+            what = f"loss of {head.port}{_said(options)}, its problem_type left out"
+            numbers.append(
+                require_semantics(trial, what, _call(trial, port, tokens, labels=labels).loss.cpu(), expected)
+            )
         plain = _call(trial, port, tokens, labels=labels, return_dict=False)
         if not isinstance(plain, tuple) or plain[0].ndim or not torch.equal(plain[1], output.logits):
             raise Mismatch(f"{head.port} with return_dict=False: the first two entries are not loss and logits")
@@ -155,11 +187,11 @@ def _pair(trial: Trial, case: Case, head: Head, options: Fields) -> tuple[torch.
     return original, port.to(device=pytorch.device_of(trial.backend)).eval()
 
 
-def _call(trial: Trial, model: Any, tokens: torch.Tensor, **options: Any) -> Any:
+def _call(trial: Trial, model: Any, tokens: torch.Tensor | None, **options: Any) -> Any:
     device = pytorch.device_of(trial.backend)
     inputs = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in options.items()}
     with torch.no_grad():
-        output = model(input_ids=tokens.to(device), **inputs)
+        output = model(input_ids=None if tokens is None else tokens.to(device), **inputs)
     if options.get("return_dict") is not False:
         missing = [name for name in ("logits", *(["loss"] if "labels" in options else [])) if not hasattr(output, name)]
         if missing:

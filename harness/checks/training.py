@@ -72,7 +72,8 @@ def gradients(trial: Trial, case: Case) -> dict[str, float]:
 def gradients_masked(trial: Trial, case: Case) -> dict[str, float]:
     """Gradients of a padded batch are finite, and the sum of those that the original has for the rows alone.
 
-    Would have caught: masks whose NaN is repaired in the forward pass only, padding that takes part in the loss.
+    So are they finite beside a row that is masked as a whole. Would have caught: masks whose NaN is repaired in the
+    forward pass only, padding that takes part in the loss.
     """
     case = at_least_two_tokens(case)
     pair = in_training(prepare(trial, dataclasses.replace(case, rows=2)))
@@ -86,7 +87,26 @@ def gradients_masked(trial: Trial, case: Case) -> dict[str, float]:
             training_loss(trial, pair.port, padded.tokens, labels, attention_mask=mask).backward()
             what = f"gradient of a {side}-padded batch (attention: {attention})"
             numbers.append(same_tensors(trial, case, what, collected(pair.port), expected))
+    _require_finite_beside_nothing(trial, pair)
     return worst(*numbers)
+
+
+def _require_finite_beside_nothing(trial: Trial, pair: Pair) -> None:
+    """Raises Mismatch when a row that is masked as a whole, of which nothing is asked, gives no finite gradients."""
+    tokens = pair.batch.tokens
+    labels = port_labels(trial, tokens, pair.batch.targets)
+    labels[1] = trial.port.ignored_label
+    mask = torch.ones_like(tokens)
+    mask[1] = 0
+    for attention in each_attention(pair.port):
+        pair.port.zero_grad()
+        training_loss(trial, pair.port, tokens, labels, attention_mask=mask).backward()
+        for name, gradient in collected(pair.port).items():
+            if not bool(gradient.isfinite().all()):
+                raise Mismatch(
+                    f"gradient, {name}: not finite beside a row that is masked as a whole (attention: {attention})",
+                    metrics={"error": float("inf")},
+                )
 
 
 def in_training(pair: Pair, training: bool = True) -> Pair:

@@ -62,6 +62,7 @@ _NAMES = ("hidden_act", "attn_backend", "kernel_backend")
 _FIELD_NAMES = {"max_position_embeddings": "max_length"}
 _TYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _LONGEST_YAML = 1 << 22  # bytes
+_LARGEST = 1 << 63  # whole numbers in config.yaml; YAML itself has no end
 _EQUAL_ROWS = 4096  # rows of two tensors that are in memory to be compared
 
 
@@ -254,11 +255,17 @@ def whole_directory(directory: Path) -> Iterator[Path]:
 def read_json(file: Path) -> dict[str, Any]:
     """Return the object that a file holds; raises CheckpointError for any other file."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        text = file.read_text(encoding="utf-8")
+        content = json.loads(text)
+        if "\\u" in text:
+            # Half of a character can be written in JSON, and in no other text.
+            json.dumps(content, ensure_ascii=False).encode("utf-8")
     except FileNotFoundError:
         raise CheckpointError(file, "not found; expected it in the directory of a checkpoint") from None
     except OSError as error:
         raise CheckpointError(file, f"cannot be read: {error.strerror or error}") from None
+    except UnicodeEncodeError:
+        raise CheckpointError(file, "has half of a surrogate pair (\\ud800); expected whole characters") from None
     except (ValueError, RecursionError) as error:
         raise CheckpointError(file, f"is not JSON: {error}") from None
     if not isinstance(content, dict):
@@ -323,20 +330,27 @@ def _fields(file: Path, section: Mapping[str, Any]) -> dict[str, Any]:
     fields: dict[str, Any] = {}
     for key, value in given.items():
         if key in _WHOLE_NUMBERS:
-            expected = None if type(value) is int else "a whole number"
+            expected = None if type(value) is int and abs(value) < _LARGEST else "a whole number of 64 bits"
         elif key in _NUMBERS:
             value, expected = _number(value)
         else:
             kind, what = (bool, "true or false") if key in _FLAGS else (str, "a name")
             expected = None if isinstance(value, kind) else what
         if expected:
-            raise CheckpointError(file, f"model.{key} is {str(section.get(key, value))[:80]!r}, expected {expected}")
+            raise CheckpointError(file, f"model.{key} is {_shown(section.get(key, value))}, expected {expected}")
         fields[_FIELD_NAMES.get(key, key)] = value
     try:
         NeoBERTConfig(**fields)
     except (ValueError, ArithmeticError) as error:
         raise CheckpointError(file, f"section 'model': {error}") from None
     return fields | {"hidden_act": fields["hidden_act"].lower()}
+
+
+def _shown(value: Any) -> str:
+    """A value of config.yaml in a message: short, whatever it holds and however often it holds itself."""
+    if isinstance(value, int) and abs(value) >= _LARGEST:
+        return f"a number of {value.bit_length()} bits"
+    return repr(str(value)[:80]) if isinstance(value, str | int | float) else f"a {type(value).__name__}"
 
 
 def _number(value: Any) -> tuple[Any, str | None]:
@@ -347,7 +361,8 @@ def _number(value: Any) -> tuple[Any, str | None]:
             value = float(value)
         except ValueError:
             return value, "a number"
-    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < math.inf
+    is_number = is_number and (isinstance(value, float) or abs(value) < _LARGEST)
     return value, None if is_number else "a number"
 
 

@@ -3,12 +3,13 @@
 
     python -m reference_models.neobert.export CHECKPOINT [--output DIR]
 
-Exit status: 0 the directory is there, 2 it is not, for the reason in the one line on standard error.
+Exit status: 0 the directory is there, 2 it is not, for the reason in the one line on standard error; 130 after Ctrl-C.
 """
 
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib.metadata
 import json
 import math
@@ -64,16 +65,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
             warnings.simplefilter("always")
             directory = export(given.checkpoint, output=given.output)
     except (CheckpointError, ComparisonError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return _refused(str(error))
     except OSError as error:
-        print(f"error: {error.filename}: {error.strerror}; nothing was exported", file=sys.stderr)
-        return 2
+        return _refused(f"{error.filename}: {error.strerror}; nothing was exported")
+    except KeyboardInterrupt:
+        print("error: interrupted; nothing was left behind", file=sys.stderr)
+        return 130
     for note in notes:
         if issubclass(note.category, UserWarning):
             print(f"note: {note.message}", file=sys.stderr)
     print(directory)
     return 0
+
+
+def _refused(reason: str) -> int:
+    # A path, or a name in a file, may have line breaks in it.
+    print(f"error: {' '.join(reason.splitlines())}", file=sys.stderr)
+    return 2
 
 
 def export(checkpoint: str | os.PathLike[str], *, output: str | os.PathLike[str] | None = None) -> Path:
@@ -95,7 +103,7 @@ def export(checkpoint: str | os.PathLike[str], *, output: str | os.PathLike[str]
     """
     run = read_run(checkpoint)
     assets = read_assets(run.tokenizer, run.fields)
-    directory = Path(os.path.realpath(output if output is not None else default_output(checkpoint)))
+    directory = _real_path(output if output is not None else default_output(checkpoint))
     written = layout(run)
     if run.fields["tie_word_embeddings"]:
         del written[DECODER]
@@ -118,6 +126,17 @@ def export(checkpoint: str | os.PathLike[str], *, output: str | os.PathLike[str]
 
             compare(NeoBERTConfig(**run.fields), staging, layout=written, load=load)
     return directory
+
+
+def _real_path(path: str | os.PathLike[str]) -> Path:
+    """The path without links. Raises OSError for one that cannot be, or that the README could not name."""
+    real = os.fspath(path)
+    try:
+        real = os.path.realpath(real)
+        real.encode("utf-8")
+    except ValueError:
+        raise OSError(errno.EINVAL, "is not a path in UTF-8; expected one", ascii(real)) from None
+    return Path(real)
 
 
 def default_output(checkpoint: str | os.PathLike[str]) -> Path:

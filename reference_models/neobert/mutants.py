@@ -26,6 +26,15 @@ ATTEND = "        output, weights = attention(\n"
 ANGLES = "            angles = rotary_angles(position_ids, config.dim_head, dtype=inputs_embeds.dtype)\n"
 POOLED = "        pooled = torch.tanh(self.dense(self.dropout(outputs.last_hidden_state[:, 0])))\n"
 
+CLASSIFIER_CALL = """            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
+            **kwargs,
+        )
+        pooled"""
+
 MASKS: tuple[Mutant, ...] = (
     in_model(
         "mask_inverted",
@@ -712,4 +721,92 @@ HARMLESS: tuple[Mutant, ...] = (
     in_export("one_tensor_waits", "fewer tensors wait for the disk", "", "_WAITING = 2  #", "_WAITING = 1  #"),
 )
 
-MUTANTS = (*MASKS, *POSITIONS, *COMPUTATION, *LOSSES, *HEADS, *LIBRARY, *EXPORT, *HARMLESS)
+OUTPUTS: tuple[Mutant, ...] = (
+    in_model(
+        "classifier_without_states",
+        "the classifier never returns hidden states",
+        "heads.logits",
+        CLASSIFIER_CALL,
+        CLASSIFIER_CALL.replace("output_hidden_states=output_hidden_states", "output_hidden_states=False"),
+    ),
+    in_model(
+        "classifier_without_positions",
+        "the classifier keeps position_ids to itself",
+        "heads.logits",
+        CLASSIFIER_CALL,
+        CLASSIFIER_CALL.replace("position_ids=position_ids", "position_ids=None"),
+    ),
+    in_model(
+        "regression_by_type_only",
+        "one label is a class unless the configuration says that it is a number",
+        "heads.loss",
+        '            problem = "regression" if self.num_labels == 1 else kind\n',
+        "            problem = kind\n",
+    ),
+    in_model(
+        "classes_unless_told",
+        "labels of several classes at once are taken for one class",
+        "heads.loss",
+        'kind = "single_label_classification" if is_class else "multi_label_classification"\n',
+        'kind = "single_label_classification"\n',
+    ),
+    in_model(
+        "attentions_without_mask",
+        "the attentions that are returned give weight to padding",
+        "api.attentions",
+        "    return torch.matmul(dropped, value).transpose(1, 2), weights\n",
+        "    raw = F.softmax(torch.matmul(query, key.transpose(-1, -2)) * scaling, dim=-1)\n"
+        "    return torch.matmul(dropped, value).transpose(1, 2), raw\n",
+    ),
+    in_model(
+        "attentions_backwards",
+        "the attentions of the last block come first",
+        "api.attentions",
+        "                all_attentions += (weights,)\n",
+        "                all_attentions = (weights, *all_attentions)\n",
+    ),
+    in_model(
+        "mask_lost_with_states",
+        "whoever asks for hidden states gets them without the mask from the first block on",
+        "api.hidden_states",
+        "                attention_mask=scores_mask,\n",
+        "                attention_mask=None if all_hidden_states else scores_mask,\n",
+    ),
+    in_model(
+        "masked_row_gradient",
+        "a row that is masked as a whole has no finite gradient, though finite outputs",
+        "training.gradients_masked",
+        "            scores_mask = mask.masked_fill(~has_keys, 0.0)[:, None, None, :]\n",
+        "            scores_mask = mask[:, None, None, :]\n",
+    ),
+    in_model(
+        "position_ids_of_one_row",
+        "position_ids of the first row are those of all",
+        "forward.position_ids",
+        "            angles = rotary_angles(position_ids, config",
+        "            angles = rotary_angles(position_ids[:1], config",
+    ),
+    in_model(
+        "learned_position_ids_of_one_row",
+        "learned positions are looked up by the position_ids of the first row",
+        "forward.position_ids",
+        "            return position_ids\n",
+        "            return position_ids[:1]\n",
+    ),
+    in_model(
+        "embeds_count_padding",
+        "learned positions of embeddings count their padding",
+        "forward.inputs_embeds",
+        "        elif mask is not None:\n            content = mask >= 0\n",
+        "",
+    ),
+    in_model(
+        "ids_beside_embeds",
+        "ids that come with embeddings are dropped in silence",
+        "forward.inputs_embeds",
+        "        if (input_ids is None) == (inputs_embeds is None):\n",
+        "        if input_ids is None and inputs_embeds is None:\n",
+    ),
+)
+
+MUTANTS = (*MASKS, *POSITIONS, *COMPUTATION, *LOSSES, *HEADS, *LIBRARY, *OUTPUTS, *EXPORT, *HARMLESS)

@@ -98,11 +98,12 @@ def _entries(file: Path, pipeline: Mapping[str, Any]) -> dict[str, int]:
     model = pipeline.get("model")
     vocabulary = model.get("vocab") if isinstance(model, Mapping) else None
     if isinstance(vocabulary, list):  # Unigram: pairs of token and score
-        vocabulary = {str(pair[0]): number for number, pair in enumerate(vocabulary) if isinstance(pair, list) and pair}
+        pairs = [pair[0] for pair in vocabulary if isinstance(pair, list) and pair and isinstance(pair[0], str)]
+        vocabulary = {token: number for number, token in enumerate(pairs)} if len(pairs) == len(vocabulary) else None
     added = pipeline.get("added_tokens") or []
     try:
         entries = dict(vocabulary or {}) | {token["content"]: token["id"] for token in added}
-        is_sound = bool(entries) and all(type(number) is int and number >= 0 for number in entries.values())
+        is_sound = bool(vocabulary) and all(type(number) is int and number >= 0 for number in entries.values())
     except (KeyError, TypeError, ValueError):
         is_sound = False
     if not is_sound:

@@ -188,7 +188,7 @@ def _reproducible(seed: int) -> Iterator[None]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Trains as the command line says: 0 when the loss fell, 1 when it did not, 2 for what cannot be trained."""
+    """Trains: 0 when the loss fell, 1 when it did not, 2 for what cannot be, 130 after Ctrl-C."""
     summary = (__doc__ or "").splitlines()[0]
     parser = argparse.ArgumentParser(prog="python -m reference_models.neobert.train", description=summary)
     parser.add_argument("output", type=Path, metavar="OUT", help="the directory of the run")
@@ -199,13 +199,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     if options.steps < 1:
         parser.error(f"--steps is {options.steps}; expected at least 1")
+    if not 0 <= options.seed < 1 << 63:
+        parser.error(f"--seed is {options.seed}; expected a number from 0 to 2 ** 63 - 1")
+    for path in (options.output, options.text):
+        if "\0" in str(path):
+            parser.error(f"{str(path)!r} is not a path")
     try:
         trained = train(
             options.output, text=options.text, steps=options.steps, seed=options.seed, layout=options.layout
         )
     except (TrainingError, CheckpointError, OSError) as error:
-        print(f"train: {error}", file=sys.stderr)
+        print(f"train: {' '.join(str(error).splitlines())}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("train: interrupted; nothing was written", file=sys.stderr)
+        return 130
     fell = trained.loss_after < trained.loss_before
     print(f"loss {trained.loss_before:.3f} before, {trained.loss_after:.3f} after {options.steps} steps")
     print(trained.directory)

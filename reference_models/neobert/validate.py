@@ -559,7 +559,7 @@ def print_findings(directory: Path, found: Sequence[Finding]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Prints the table: 0 when nothing failed, 1 when a check failed, 2 for what is no export or no checkpoint."""
+    """Prints the table: 0 for no failure, 1 for a failed check, 2 for no export or no checkpoint, 130 after Ctrl-C."""
     summary = (__doc__ or "").splitlines()[0]
     parser = argparse.ArgumentParser(prog="python -m reference_models.neobert.validate", description=summary)
     parser.add_argument("directory", type=Path, metavar="DIR", help="an exported model")
@@ -569,8 +569,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         found = validate(options.directory, against=options.against, strict=options.strict)
     except NotAnExport as error:
-        print(f"validate: {error}", file=sys.stderr)
+        print(f"validate: {' '.join(str(error).splitlines())}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("validate: interrupted", file=sys.stderr)
+        return 130
     print_findings(options.directory, found)
     return 1 if any(finding.status == "failed" for finding in found) else 0
 

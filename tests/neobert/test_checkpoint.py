@@ -395,6 +395,18 @@ def tensors(change: Callable[[dict[str, Tensor]], Any]) -> Edit:
     return edit
 
 
+# Lists of lists, 9 ** 12 numbers in a few lines.
+REPEATED = "x0: &x0 1\n" + "".join(f"x{n + 1}: &x{n + 1} [{', '.join([f'*x{n}'] * 9)}]\n" for n in range(12))
+
+
+def hidden_size(written: str, before: str = "") -> Edit:
+    def edit(run: Path) -> None:
+        settings = (run / "config.yaml").read_text()
+        (run / "config.yaml").write_text(before + settings.replace("hidden_size: 16", f"hidden_size: {written}"))
+
+    return edit
+
+
 def remove(name: str) -> Edit:
     return lambda run: shutil.rmtree(run / name) if (run / name).is_dir() else (run / name).unlink()
 
@@ -430,6 +442,9 @@ BAD: Mapping[str, tuple[Edit, str]] = {
     "size as fraction": (model(vocab_size=37.0), "model.vocab_size is '37.0', expected a whole number"),
     "size as flag": (model(num_hidden_layers=True), "expected a whole number"),
     "epsilon": (model(norm_eps=float("nan")), "model.norm_eps is 'nan', expected a number"),
+    "endless epsilon": (model(norm_eps=10**400), "model.norm_eps is a number of 1329 bits, expected a number"),
+    "endless size": (hidden_size("0x1" + "0" * 5000), "a number of 20001 bits, expected a whole number"),
+    "size that repeats itself": (hidden_size("*x12", REPEATED), "model.hidden_size is a list, expected a whole number"),
     "flag as text": (model(rope="yes"), "model.rope is 'yes', expected true or false"),
     "act as number": (model(hidden_act=3), "model.hidden_act is '3', expected a name"),
     "vocabulary": (model(vocab_size=40), "tokenizer_info.json: has vocab_size 37, expected 40"),

@@ -513,6 +513,11 @@ Change = Mapping[str, Any]
         ("tokenizer.json", {"added_tokens": [{"id": 64, "content": "more"}]}, "has token 'more' with id 64"),
         ("tokenizer.json", {"model": {"vocab": {}}, "added_tokens": None}, "has no vocabulary"),
         ("tokenizer.json", {"model": 3, "added_tokens": [3]}, "has no vocabulary"),
+        ("tokenizer.json", {"model": "WordPiece"}, "has no vocabulary"),
+        ("tokenizer.json", {"model": {"vocab": ["a", "b"]}}, "has no vocabulary"),
+        ("tokenizer.json", {"model": {"vocab": [[["a"], 1.0]]}}, "has no vocabulary"),
+        ("tokenizer.json", {"more": "\ud800"}, "tokenizer.json: has half of a surrogate pair"),
+        ("tokenizer_config.json", {"more": "\ud800"}, "tokenizer_config.json: has half of a surrogate pair"),
         ("tokenizer.json", {"model": {"vocab": {"[PAD]": "0"}}, "added_tokens": []}, "has no vocabulary"),
         ("tokenizer.json", {"added_tokens": [{"id": 5, "content": "[PAD]"}]}, "'[PAD]' at 5, but the model's"),
     ],
@@ -547,6 +552,15 @@ def test_an_output_that_cannot_be_written(checkpoint: Path, capsys: pytest.Captu
     refused(checkpoint, capsys, "error: /proc/neobert: ", output="/proc/neobert")
 
 
+@pytest.mark.parametrize("output", ["a\0b", "a\udcffb"])
+def test_an_output_that_is_no_path(checkpoint: Path, capsys: pytest.CaptureFixture[str], output: str) -> None:
+    refused(checkpoint, capsys, "is not a path in UTF-8", output=output)
+
+
+def test_a_line_break_in_a_path(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    refused(checkpoint / "a\nb", capsys, "a b: not found")
+
+
 @pytest.mark.parametrize("size", [10, 3000, 20_000])
 def test_a_full_disk(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], size: int) -> None:
     with limited_file_size(size):
@@ -564,7 +578,7 @@ def limited_file_size(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 def test_a_killed_export(checkpoint: Path, tmp_path: Path, number: signal.Signals) -> None:
     ready = tmp_path / "ready"
     child = os.fork()
@@ -575,6 +589,8 @@ def test_a_killed_export(checkpoint: Path, tmp_path: Path, number: signal.Signal
             time.sleep(600)
 
         status = 1
+        # Ignored where the tests run in the background of a shell.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
             export.compare = wait
             status = export.main([str(checkpoint)])
@@ -587,8 +603,8 @@ def test_a_killed_export(checkpoint: Path, tmp_path: Path, number: signal.Signal
     os.kill(child, number)
     _, status = os.waitpid(child, 0)
     place = checkpoint.parents[1] / "hf"
-    if number == signal.SIGTERM:
-        assert os.waitstatus_to_exitcode(status) == 128 + signal.SIGTERM
+    if number != signal.SIGKILL:
+        assert os.waitstatus_to_exitcode(status) == 128 + number
         assert not place.exists()
     else:
         assert [re.sub("[0-9a-f]{16}", "?", left.name) for left in place.iterdir()] == [".run_7.?.unfinished"]

@@ -99,3 +99,25 @@ def test_what_is_there_is_not_overwritten(tmp_path: Path, capsys: pytest.Capture
     with pytest.raises(SystemExit) as ended:
         main([str(tmp_path), "--steps", "0"])
     assert ended.value.code == 2
+
+
+@pytest.mark.parametrize("options", [["--seed", "-1"], ["--seed", str(1 << 63)], ["--text", "a\0b"]])
+def test_what_no_run_can_have_is_wrong_usage(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([str(tmp_path / "run"), "--steps", "1", *options])
+    assert ended.value.code == 2 and "error: " in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_interruption_costs_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training, "write_run", interrupt)
+    assert main([str(tmp_path / "run"), "--steps", "1"]) == 130
+    assert capsys.readouterr().err == "train: interrupted; nothing was written\n"
+    assert not (tmp_path / "run").exists()

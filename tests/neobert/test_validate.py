@@ -829,6 +829,20 @@ def test_what_is_no_export_costs_one_line(
     assert printed.out == "" and printed.err.count("\n") == 1 and said in printed.err
 
 
+def test_a_line_break_in_a_path_and_an_interruption_cost_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert validate.main([str(tmp_path / "a\nb")]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(validate, "validate", interrupt)
+    assert validate.main([str(tmp_path)]) == 130
+    assert capsys.readouterr().err == "validate: interrupted\n"
+
+
 def test_wrong_usage_ends_with_two() -> None:
     with pytest.raises(SystemExit) as ended:
         validate.main(["--strict"])
