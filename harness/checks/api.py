@@ -166,20 +166,27 @@ def original_only(trial: Trial, case: Case) -> dict[str, float]:
     Would have caught: `**kwargs` that swallow the lengths of packed texts, which then attend to each other.
     """
     pair = prepare(trial, at_least_two_tokens(case))
-    tokens = pair.batch.tokens.to(next(pair.port.parameters()).device)
+    require_original_only_refused(trial, pair.port, pair.batch.tokens)
+    return {}
+
+
+def require_original_only_refused(trial: Trial, model: torch.nn.Module, tokens: torch.Tensor) -> None:
+    """Raises Mismatch for an argument that only the original's forward takes and a model leaves aside, or fails on."""
+    tokens, what = tokens.to(next(model.parameters()).device), type(model).__name__
     for name, value in trial.family.original_only.items():
         try:
             with torch.no_grad():
-                pair.port(tokens, **{name: value(tokens)})
+                model(tokens, **{name: value(tokens)})
         except (TypeError, ValueError, NotImplementedError) as error:
             if name not in str(error):
-                raise Mismatch(f"'{name}' is refused with another reason: {first_line(error)}") from None
+                raise Mismatch(f"{what} refuses '{name}' with another reason: {first_line(error)}") from None
             continue
         except Exception as error:
             kind = f"{type(error).__name__}: {first_line(error)}"
-            raise Mismatch(f"'{name}' ends in {kind}; expected a TypeError or ValueError that names it") from None
-        raise Mismatch(f"forward takes '{name}', which only the original has, and leaves it aside without a word")
-    return {}
+            raise Mismatch(
+                f"{what}: '{name}' ends in {kind}; expected a TypeError or ValueError that names it"
+            ) from None
+        raise Mismatch(f"{what} takes '{name}', which only the original has, and leaves it aside without a word")
 
 
 def configured_outputs(trial: Trial, case: Case) -> dict[str, float]:

@@ -13,6 +13,7 @@ import torch
 from harness.backends import pytorch
 from harness.cases import Case
 from harness.cases.weights import sensitising_state
+from harness.checks.api import require_original_only_refused
 from harness.errors import Mismatch, Skip
 from harness.families import Fields, Head
 from harness.numerics import FLOAT32_INSIDE_BOUND, require_close
@@ -40,7 +41,8 @@ def logits(trial: Trial, case: Case) -> dict[str, float]:
     """Logits of each head equal the original's, without a mask and with one that leaves the end of rows out.
 
     Would have caught: a head on the mean of all tokens where the original takes the first, another activation, a bias
-    left out, a mask that the head does not pass on, or embeddings, positions, the wish for hidden states.
+    left out, a mask that the head does not pass on, or embeddings, positions, the wish for hidden states; keywords
+    that end at the head without a word.
     """
     tokens = draw(trial, case).tokens
     masks = {"": torch.ones(tokens.shape, dtype=torch.bool)}
@@ -61,6 +63,7 @@ def logits(trial: Trial, case: Case) -> dict[str, float]:
                 raise Mismatch(f"{head.port}: logits of shape {tuple(actual.shape)}, expected {tuple(expected.shape)}")
             numbers.append(require_semantics(trial, f"logits of {head.port}{_said(options)}{what}", actual, expected))
         numbers.append(_passes_on(trial, case, head, port, tokens))
+        require_original_only_refused(trial, port, tokens)
     return worst(*numbers)
 
 

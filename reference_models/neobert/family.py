@@ -214,6 +214,14 @@ FAMILY = Family(
             "max_length": 2100,
             "rope": False,
         },
+        # More positions than any text of training has.
+        {
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "hidden_size": 8,
+            "max_length": 1100,
+            "rope": True,
+        },
         # BERT's vocabulary, and more heads than any drawn.
         {
             "num_hidden_layers": 1,

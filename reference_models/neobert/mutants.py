@@ -147,6 +147,14 @@ POSITIONS: tuple[Mutant, ...] = (
         "    even, odd = heads.to(cosine.dtype).chunk(2, dim=-1)\n",
     ),
     in_rotary(
+        "theta_grows",
+        "the base of the angles grows with texts of more than 1024 tokens",
+        "forward.large",
+        "    angles = position_ids[..., None].to(wide) * (1.0 / ROPE_THETA**exponents)\n",
+        "    theta = ROPE_THETA * max(1.0, position_ids.shape[-1] / 1024)\n"
+        "    angles = position_ids[..., None].to(wide) * (1.0 / theta**exponents)\n",
+    ),
+    in_rotary(
         "rope_theta",
         "another base of the angles",
         "forward.logits forward.lengths",
@@ -735,6 +743,13 @@ OUTPUTS: tuple[Mutant, ...] = (
         "heads.logits",
         CLASSIFIER_CALL,
         CLASSIFIER_CALL.replace("position_ids=position_ids", "position_ids=None"),
+    ),
+    in_model(
+        "classifier_swallows",
+        "the classifier swallows keywords that the model below would refuse",
+        "heads.logits",
+        CLASSIFIER_CALL,
+        CLASSIFIER_CALL.replace("            **kwargs,\n", ""),
     ),
     in_model(
         "regression_by_type_only",
