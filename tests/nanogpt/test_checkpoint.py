@@ -6,8 +6,6 @@ import os
 import pickle
 import stat
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,7 @@ from torch import Tensor
 from reference_models.nanogpt.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from reference_models.nanogpt.modeling_nanogpt import NanoGPTLMHeadModel
 from reference_models.nanogpt.original import GPT, GPTConfig
+from tests.disk import limited_file_size
 
 ARGS: dict[str, Any] = {
     "n_layer": 2,
@@ -359,18 +358,6 @@ def test_bad_bookkeeping(path: Path, entry: dict[str, Any]) -> None:
 
 
 # Interruption
-
-
-@contextmanager
-def limited_file_size(size: int) -> Iterator[None]:
-    """Let the kernel refuse to write more than so many bytes to a file, as a full disk would."""
-    resource = pytest.importorskip("resource")
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.fixture

@@ -7,8 +7,6 @@ import json
 import os
 import pickle
 import stat
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +31,7 @@ from reference_models.nanomoe.checkpoint import (
     to_nanomoe_directory,
 )
 from reference_models.nanomoe.modeling_nanomoe_gpt import GPT
+from tests.disk import limited_file_size
 
 SIZES = {"n_layer": 4, "n_head": 2, "n_embd": 16, "block_size": 12, "vocab_size": 31}
 SPARSE = {"n_exp": 3, "top_k": 1, "train_capacity": 1.5, "eval_capacity": 1.0, "min_capacity": 2, "stride": 2}
@@ -684,18 +683,6 @@ def test_bad_bookkeeping(path: Path, entry: dict[str, Any]) -> None:
 
 
 # Interruption
-
-
-@contextmanager
-def limited_file_size(size: int) -> Iterator[None]:
-    """Let the kernel refuse to write more than so many bytes to a file, as a full disk would."""
-    resource = pytest.importorskip("resource")
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.fixture

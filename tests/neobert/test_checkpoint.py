@@ -11,8 +11,7 @@ import struct
 import warnings
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import fields as dataclass_fields
 from dataclasses import replace
 from pathlib import Path
@@ -39,6 +38,7 @@ from reference_models.neobert.original import NeoBERTConfig, NeoBERTLMHead
 from reference_models.neobert.tensor_reader import open_tensors, read_tensor
 from reference_models.neobert.tensor_writer import safetensors_file, torch_file
 from reference_models.neobert.tokenizer import write_tokenizer
+from tests.disk import limited_file_size
 
 CONFIG = NeoBERTConfig(
     hidden_size=16,
@@ -175,18 +175,6 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, tokenizers: Mapping[int, Pat
     with limited_file_size(4000), pytest.raises(OSError, match="7"):
         write_run(tmp_path / "a" / "b" / "7", original(), tokenizer=tokenizers[0], layout=file)
     assert list(tmp_path.iterdir()) == []
-
-
-@contextmanager
-def limited_file_size(size: int) -> Iterator[None]:
-    """Let the kernel refuse to write more than so many bytes to a file, as a full disk would."""
-    resource = pytest.importorskip("resource")
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_a_directory_appears_whole(tmp_path: Path) -> None:

@@ -6,14 +6,12 @@ from __future__ import annotations
 import json
 import os
 import re
-import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +29,7 @@ from reference_models.neobert.checkpoint import CheckpointError, layout, read_ru
 from reference_models.neobert.comparison import ComparisonError, compare
 from reference_models.neobert.original import NeoBERTConfig, NeoBERTLMHead
 from reference_models.neobert.tokenizer import write_tokenizer
+from tests.disk import limited_file_size
 
 CONFIG = NeoBERTConfig(
     hidden_size=16,
@@ -565,17 +564,6 @@ def test_a_line_break_in_a_path(checkpoint: Path, capsys: pytest.CaptureFixture[
 def test_a_full_disk(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], size: int) -> None:
     with limited_file_size(size):
         refused(checkpoint, capsys, f"error: {tmp_path / 'a' / 'b'}: File too large", output=tmp_path / "a" / "b")
-
-
-@contextmanager
-def limited_file_size(size: int) -> Iterator[None]:
-    """Let the kernel refuse to write more than so many bytes to a file, as a full disk would."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
