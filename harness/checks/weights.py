@@ -337,8 +337,9 @@ def program(trial: Trial, case: Case) -> dict[str, float]:
 def dtypes(trial: Trial, case: Case) -> dict[str, float]:
     """Files in float64, bfloat16 and float16, which the original reads, give their very numbers.
 
-    They all keep their dtype, or all become the original's float32. Would have caught: half precision refused, bits of
-    bfloat16 taken for float16, one dtype that is widened where the others are kept.
+    They all keep their dtype, or all become the original's float32; one tensor in bfloat16 takes no other along. Would
+    have caught: half precision refused, bits of bfloat16 taken for float16, one dtype that is widened where the others
+    are kept, the first tensor's dtype taken for that of all.
     """
     if trial.port.loader not in ("checkpoint", "command"):
         raise Skip(f"the port declares no converter: its load is {trial.port.load!r}")
@@ -369,7 +370,32 @@ def dtypes(trial: Trial, case: Case) -> dict[str, float]:
             f"a file in {names[True]} keeps its dtype and one in {names[False]} does not; a converter keeps all of"
             " them, or widens all as the original does"
         )
-    return {"dtypes": float(len(kept))}
+    return {"dtypes": float(len(kept) + _reads_mixed(trial, case))}
+
+
+def _reads_mixed(trial: Trial, case: Case) -> bool:
+    """Whether the original reads a float32 file whose first tensor is in bfloat16; the port then has its numbers."""
+    original = original_model(trial, case, dtype="float32")
+    first = next(original.parameters())
+    first.data = first.data.bfloat16().float()
+    expected = checkpoint.load(trial, checkpoint.write(trial, case, original)).state_dict()
+    assert trial.family.write_checkpoint is not None  # checkpoint.write would have skipped
+    mixed, path = copied(original), trial.workdir / "mixed" / trial.family.checkpoint_name
+    first = next(mixed.parameters())
+    first.data = first.data.bfloat16()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    trial.family.write_checkpoint(mixed, case.fields, path)
+    if not _original_reads(trial, path):
+        return False
+    what = "a file in float32 whose first tensor is in bfloat16"
+    try:
+        actual = checkpoint.load(trial, path)
+    except Exception as error:
+        raise Mismatch(f"the converter refuses {what}: {_in_one_line(error)}") from error
+    for key, tensor in actual.state_dict().items():
+        if key not in expected or not torch.equal(tensor.float(), expected[key].float()):
+            raise Mismatch(f"{key} of {what} has other numbers than the file")
+    return True
 
 
 def dialects(trial: Trial, case: Case) -> dict[str, float]:

@@ -619,6 +619,13 @@ EXPORT: tuple[Mutant, ...] = (
         "",
     ),
     in_export(
+        "dtype_of_first",
+        "the first tensor's dtype is said to be that of all",
+        "weights.dtypes",
+        "str(counts.most_common(1)[0][0])",
+        "str(next(iter(written.values()))[0])",
+    ),
+    in_export(
         "dropout_not_mapped",
         "the dropout of the run is left out of config.json",
         "weights.configuration",
