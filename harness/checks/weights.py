@@ -119,8 +119,12 @@ def configuration(trial: Trial, case: Case) -> dict[str, float]:
     """
     if trial.port.loader not in ("checkpoint", "command"):
         raise Skip("the port declares no converter")
+    defaults = trial.family.defaults or {}
+    # A number that is left out must not be found again in the defaults.
+    other = {name: 1.5 * n for name, n in case.fields.items() if isinstance(n, float) and n == defaults.get(name)}
     if trial.family.dropout is not None:
-        case = dataclasses.replace(case, fields={**case.fields, trial.family.dropout: DROPOUT})
+        other[trial.family.dropout] = DROPOUT
+    case = dataclasses.replace(case, fields={**case.fields, **other})
     model = checkpoint.load(trial, checkpoint.write(trial, case, original_model(trial, case, dtype="float32")))
     config = getattr(model, "config", None)
     for field, value in case.fields.items() if config is not None else ():
