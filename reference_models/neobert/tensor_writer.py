@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
@@ -30,6 +30,7 @@ _STORAGE_TYPES = {
     torch.bfloat16: "BFloat16Storage",
 }
 _ALIGNMENT = 64  # torch.save's own
+_PIECE = 1 << 16  # ext4 takes more at once at a third of the speed: it looks for memory in large pages
 _ROOT = "pytorch_model"
 
 
@@ -57,7 +58,7 @@ def safetensors_file(path: Path, layout: Layout) -> Iterator[Write]:
 
         def write(name: str, tensor: Tensor) -> None:
             file.seek(8 + len(text) + header[name]["data_offsets"][0])
-            file.write(_bytes(tensor))
+            _write_in_pieces(file, _bytes(tensor))
 
         yield write
         file.flush()
@@ -102,7 +103,12 @@ def _member(archive: zipfile.ZipFile, name: str, content: bytes | memoryview) ->
     member.extra = b"FB" + padding.to_bytes(2, "little") + b"Z" * padding
     member.file_size = len(content)
     with archive.open(member, "w", force_zip64=is_large) as file:
-        file.write(content)
+        _write_in_pieces(file, content)
+
+
+def _write_in_pieces(file: IO[bytes], content: bytes | memoryview) -> None:
+    for begin in range(0, len(content), _PIECE):
+        file.write(content[begin : begin + _PIECE])
 
 
 @dataclass(frozen=True)
