@@ -335,7 +335,8 @@ def _examples(item: Item) -> int:
     if _converts(item):
         # Checks of files convert many for each case.
         is_quick = starts_quickly(item.port) and "checkpoint" not in item.check.needs
-        bounds.append(PROGRAM_EXAMPLES if is_quick else COMMAND_EXAMPLES)
+        # Every check tries the same few models; the one that tries most, half of its own.
+        bounds.append(max(PROGRAM_EXAMPLES, item.check.examples // 2) if is_quick else COMMAND_EXAMPLES)
     return min([item.check.examples, *bounds])
 
 

@@ -249,6 +249,9 @@ def from_pretrained(cls, directory):
     assert {result.status for result in results} == {"passed"}, [result.reason for result in results]
     assert [result.examples for result in results] == [examples] * 4
     assert len((tmp_path / "starts").read_text()) == examples
+    # The check that tries most models tries more of a program that starts quickly too.
+    (result,) = check_parity(port, checks=["forward.logits"], backends=["torch-cpu"], dtypes=["float64"])[:1]
+    assert result.examples == (COMMAND_EXAMPLES if option else 2 * PROGRAM_EXAMPLES)
 
 
 def test_a_port_that_cannot_be_shown_is_checked_all_the_same(tmp_path: Path, plain_port: PlainPort) -> None:
