@@ -39,8 +39,9 @@ class Assets:
 def read_assets(directory: Path, fields: Mapping[str, Any]) -> Assets:
     """Read a saved tokenizer and make sure that it belongs to a model of these `fields`.
 
-    Raises CheckpointError when a file is missing or damaged, or a special token is; when a token has no row in the
-    model; when the padding token is another one; when the tokenizer needs code of its own.
+    Raises CheckpointError when a file is missing or damaged, or a special token is; when its library cannot read it;
+    when a token has no row in the model; when the padding token is another one; when the tokenizer needs code of its
+    own.
     """
     settings_file, pipeline_file = directory / "tokenizer_config.json", directory / "tokenizer.json"
     settings = read_json(settings_file)
@@ -72,6 +73,7 @@ def read_assets(directory: Path, fields: Mapping[str, Any]) -> Assets:
             f"has the padding token {pad!r} at {entries[pad]}, but the model's pad_token_id is"
             f" {fields['pad_token_id']}; expected the tokenizer that the model was trained with",
         )
+    _require_readable(pipeline_file)
     written = {**settings, "model_max_length": fields["max_length"]}
     given = str(settings.get("tokenizer_class") or "TokenizersBackend")
     written["tokenizer_class"] = _GENERIC_CLASS.get(given, given)
@@ -109,6 +111,16 @@ def _entries(file: Path, pipeline: Mapping[str, Any]) -> dict[str, int]:
     if not is_sound:
         raise CheckpointError(file, "has no vocabulary of tokens and ids; expected a file of the tokenizers library")
     return entries
+
+
+def _require_readable(file: Path) -> None:
+    from tokenizers import Tokenizer
+
+    try:
+        Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises no narrower one
+        reason = str(error).partition("\n")[0]
+        raise CheckpointError(file, f"cannot be read by the tokenizers library: {reason}") from None
 
 
 def _special_tokens(directory: Path, settings: Mapping[str, Any]) -> dict[str, str]:

@@ -512,6 +512,7 @@ Change = Mapping[str, Any]
         ("tokenizer.json", {"added_tokens": [{"id": 64, "content": "more"}]}, "has token 'more' with id 64"),
         ("tokenizer.json", {"model": {"vocab": {}}, "added_tokens": None}, "has no vocabulary"),
         ("tokenizer.json", {"model": 3, "added_tokens": [3]}, "has no vocabulary"),
+        ("tokenizer.json", {"pre_tokenizer": {"type": "Words"}}, "tokenizer.json: cannot be read by"),
         ("tokenizer.json", {"model": "WordPiece"}, "has no vocabulary"),
         ("tokenizer.json", {"model": {"vocab": ["a", "b"]}}, "has no vocabulary"),
         ("tokenizer.json", {"model": {"vocab": [[["a"], 1.0]]}}, "has no vocabulary"),
