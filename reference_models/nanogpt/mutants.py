@@ -1960,6 +1960,13 @@ MORE_FILES = (
         "not isinstance(dropout, float)",
     ),
     _checkpoint(
+        "dialect-without-dropout",
+        "the dropout of the file is not the model's",
+        "weights.configuration",
+        '    dropout = args["dropout"]\n',
+        '    dropout = args["dropout"]\n    args["dropout"] = 0.0\n',
+    ),
+    _checkpoint(
         "dialect-by-order",
         "tensors are taken by their order in the file",
         "weights.dialects",

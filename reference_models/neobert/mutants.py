@@ -822,13 +822,6 @@ OUTPUTS: tuple[Mutant, ...] = (
         "        elif mask is not None:\n            content = mask >= 0\n",
         "",
     ),
-    in_model(
-        "ids_beside_embeds",
-        "ids that come with embeddings are dropped in silence",
-        "forward.inputs_embeds",
-        "        if (input_ids is None) == (inputs_embeds is None):\n",
-        "        if input_ids is None and inputs_embeds is None:\n",
-    ),
 )
 
 MUTANTS = (*MASKS, *POSITIONS, *COMPUTATION, *LOSSES, *HEADS, *LIBRARY, *OUTPUTS, *EXPORT, *HARMLESS)
