@@ -132,8 +132,7 @@ def configuration(trial: Trial, case: Case) -> dict[str, float]:
             name = port_field(trial, type(config), field)
         except Mismatch:
             continue  # config.fields says so
-        if getattr(config, name, None) != value:
-            found = getattr(config, name, None)
+        if (found := getattr(config, name, None)) != value:
             raise Mismatch(f"the converter makes a model with {name}={found!r} of a file with {field}={value!r}")
     return {}
 
@@ -353,17 +352,9 @@ def dtypes(trial: Trial, case: Case) -> dict[str, float]:
         path = checkpoint.write(trial, case, original, dtype=dtype)
         if not _original_reads(trial, path):
             continue
-        try:
-            actual = checkpoint.load(trial, path)
-        except DescriptionError:
-            raise
-        except Exception as error:
-            raise Mismatch(f"the converter refuses a file in {name}: {_in_one_line(error)}") from error
+        actual = _loaded(trial, path, f"a file in {name}")
         expected = checkpoint.load(trial, checkpoint.write(trial, case, original))
-        theirs = expected.state_dict()
-        for key, tensor in actual.state_dict().items():
-            if key not in theirs or not torch.equal(tensor.float(), theirs[key].float()):
-                raise Mismatch(f"{key} of a file in {name} has other numbers than the file")
+        _require_same_numbers(actual, expected, f"a file in {name}")
         held = {parameter.dtype for parameter in actual.parameters()}
         if not held <= {dtype, *(parameter.dtype for parameter in expected.parameters())} or len(held) > 1:
             raise Mismatch(f"a file in {name} gives a model in {', '.join(sorted(map(str, held)))}")
@@ -381,25 +372,31 @@ def _reads_mixed(trial: Trial, case: Case) -> bool:
     """Whether the original reads a float32 file whose first tensor is in bfloat16; the port then has its numbers."""
     original = original_model(trial, case, dtype="float32")
     first = next(original.parameters())
-    first.data = first.data.bfloat16().float()
-    expected = checkpoint.load(trial, checkpoint.write(trial, case, original)).state_dict()
-    assert trial.family.write_checkpoint is not None  # checkpoint.write would have skipped
-    mixed, path = copied(original), trial.workdir / "mixed" / trial.family.checkpoint_name
-    first = next(mixed.parameters())
     first.data = first.data.bfloat16()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    trial.family.write_checkpoint(mixed, case.fields, path)
+    path = checkpoint.write(trial, case, original, dtype=None)
     if not _original_reads(trial, path):
         return False
     what = "a file in float32 whose first tensor is in bfloat16"
+    actual = _loaded(trial, path, what)
+    _require_same_numbers(actual, checkpoint.load(trial, checkpoint.write(trial, case, original)), what)
+    return True
+
+
+def _loaded(trial: Trial, path: Path, what: str) -> torch.nn.Module:
+    """What the converter makes of a file that the original reads. Raises Mismatch when it refuses."""
     try:
-        actual = checkpoint.load(trial, path)
+        return checkpoint.load(trial, path)
+    except DescriptionError:
+        raise
     except Exception as error:
         raise Mismatch(f"the converter refuses {what}: {_in_one_line(error)}") from error
+
+
+def _require_same_numbers(actual: torch.nn.Module, expected: torch.nn.Module, what: str) -> None:
+    theirs = expected.state_dict()
     for key, tensor in actual.state_dict().items():
-        if key not in expected or not torch.equal(tensor.float(), expected[key].float()):
+        if key not in theirs or not torch.equal(tensor.float(), theirs[key].float()):
             raise Mismatch(f"{key} of {what} has other numbers than the file")
-    return True
 
 
 def dialects(trial: Trial, case: Case) -> dict[str, float]:

@@ -26,12 +26,15 @@ def carry(trial: Trial, case: Case, original: torch.nn.Module) -> torch.nn.Modul
     return load(trial, write(trial, case, original)).eval()
 
 
-def write(trial: Trial, case: Case, original: torch.nn.Module, *, dtype: torch.dtype = torch.float32) -> Path:
-    """The original's own checkpoint file below the trial's directory, in float32 as training leaves it, or another."""
+def write(trial: Trial, case: Case, original: torch.nn.Module, *, dtype: torch.dtype | None = torch.float32) -> Path:
+    """The original's own checkpoint file below the trial's directory, in float32 as training leaves it, or another.
+
+    dtype: None leaves each tensor in its own.
+    """
     if trial.family.write_checkpoint is None:
         raise Skip(f"family '{trial.family.name}' declares no checkpoint file of its own")
     path = trial.workdir / trial.family.checkpoint_name
-    trial.family.write_checkpoint(copied(original).to(dtype), case.fields, path)
+    trial.family.write_checkpoint(copied(original).to(dtype=dtype), case.fields, path)
     return path
 
 
