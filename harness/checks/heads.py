@@ -93,7 +93,7 @@ def loss(trial: Trial, case: Case) -> dict[str, float]:
 
     One after the other on one model: what kind of labels there were must not stay behind. Would have caught: a kind of
     problem that is written into the configuration by the first batch, classes scored by a mean squared error, also
-    where labels alone say what they are.
+    where labels alone say what they are; the number of items that Trainer gives left aside.
     """
     tokens = draw(trial, case).tokens
     numbers = []
@@ -112,6 +112,11 @@ def loss(trial: Trial, case: Case) -> dict[str, float]:
             numbers.append(
                 require_semantics(trial, what, _call(trial, port, tokens, labels=labels).loss.cpu(), expected)
             )
+        if takes(port, "num_items_in_batch"):
+            # What Trainer gives where it gathers several batches for one step: the sum is divided by that instead.
+            whole, half = (_call(trial, port, tokens, labels=labels, num_items_in_batch=n).loss.cpu() for n in (3, 6))
+            what = f"loss of {head.port}{_said(options)} for twice as many items in the batch"
+            numbers.append(require_semantics(trial, what, 2 * half, whole))
         plain = _call(trial, port, tokens, labels=labels, return_dict=False)
         if not isinstance(plain, tuple) or plain[0].ndim or not torch.equal(plain[1], output.logits):
             raise Mismatch(f"{head.port} with return_dict=False: the first two entries are not loss and logits")

@@ -228,17 +228,22 @@ def all_masked_row(trial: Trial, case: Case) -> dict[str, float]:
     tokens = pair.batch.tokens
     mask = torch.ones_like(tokens)
     mask[1] = 0
+    masks = [mask]
+    if trial.family.mask_axes == 2:
+        dtype = next(pair.port.parameters()).dtype
+        masks.append(torch.zeros(mask.shape, dtype=dtype).masked_fill(mask == 0, float("-inf")))
     numbers = []
     for attention in each_attention(pair.port):
-        logits = port_logits(trial, pair.port, tokens, attention_mask=mask)
-        if not bool(logits.isfinite().all()):
-            raise Mismatch(
-                f"a row that is masked as a whole gives logits that are not finite (attention: {attention})",
-                metrics={"error": float("inf")},
-            )
         alone = port_logits(trial, pair.port, tokens[:1])
-        what = "logits of a row beside one that is masked as a whole"
-        numbers.append(require_semantics(trial, what, logits[:1], alone))
+        for given in masks:
+            logits = port_logits(trial, pair.port, tokens, attention_mask=given)
+            if not bool(logits.isfinite().all()):
+                raise Mismatch(
+                    f"a row that is masked as a whole gives logits that are not finite (attention: {attention})",
+                    metrics={"error": float("inf")},
+                )
+            what = "logits of a row beside one that is masked as a whole"
+            numbers.append(require_semantics(trial, what, logits[:1], alone))
     return worst(*numbers)
 
 

@@ -117,6 +117,15 @@ MASKS: tuple[Mutant, ...] = (
         "            has_keys = torch.ones_like(mask[:, :1], dtype=torch.bool)\n",
     ),
     in_model(
+        "mask_overwritten",
+        "a row that is masked as a whole is written into the caller's own additive mask",
+        "masks.all_masked_row",
+        "            scores_mask = mask.masked_fill(~has_keys, 0.0)[:, None, None, :]\n",
+        "            if attention_mask.is_floating_point():\n"
+        "                attention_mask.masked_fill_(~has_keys, 0.0)\n"
+        "            scores_mask = mask.masked_fill(~has_keys, 0.0)[:, None, None, :]\n",
+    ),
+    in_model(
         "first_mask_for_all",
         "the first row's mask is used for every row",
         "masks.original masks.right_padding",
@@ -757,6 +766,13 @@ OUTPUTS: tuple[Mutant, ...] = (
         "heads.logits",
         CLASSIFIER_CALL,
         CLASSIFIER_CALL.replace("            **kwargs,\n", ""),
+    ),
+    in_model(
+        "classes_without_count",
+        "the classifier leaves the number of items in the batch aside where labels are classes",
+        "heads.loss",
+        "            return masked_lm_loss(logits, labels, num_items_in_batch)\n",
+        "            return masked_lm_loss(logits, labels)\n",
     ),
     in_model(
         "regression_by_type_only",
