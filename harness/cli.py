@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from harness.errors import EXIT_FAILED, EXIT_HOLDS, DescriptionError, ParityError
+from harness.errors import EXIT_FAILED, EXIT_HOLDS, EXIT_NOT_HERE, DescriptionError, ParityError
 
 if TYPE_CHECKING:
     from harness.ports import Port
@@ -236,14 +236,19 @@ def _selftest(arguments: argparse.Namespace) -> int:
     from harness.families import family_names, nearest
     from harness.mutants import groups, mutants_of, score, selftest, table
     from harness.ports import family_of, select_ports
+    from harness.runner import nowhere
 
     directory = Path.cwd()
     ports = _described(directory)
     if arguments.family and arguments.family not in family_names():
         raise DescriptionError(f"there is no family '{arguments.family}'{nearest(arguments.family, family_names())}")
     verdicts = []
+    left_out: list[str] = []
     for port in select_ports(ports, [], directory=directory):
         if arguments.family not in (None, port.family) or family_of(port).mutants is None:
+            continue
+        if reason := nowhere(family_of(port)):
+            left_out.append(f"left out: the planted bugs of port '{port.name}': {reason}")
             continue
         mutants = mutants_of(family_of(port))
         chosen = [
@@ -253,6 +258,10 @@ def _selftest(arguments: argparse.Namespace) -> int:
             verdicts.append(verdict)
             if not arguments.json:
                 print(table([verdict]), flush=True)
+    for line in left_out:
+        print(line, file=sys.stderr)
+    if not verdicts and left_out:
+        return EXIT_NOT_HERE
     if not verdicts:
         raise DescriptionError("no described port has mutants to plant, or no mutant's id matches")
     if arguments.json:

@@ -135,24 +135,40 @@ class Routing:
 class Head:
     """A further class beside the port's model, on the same body, such as a classifier of whole texts.
 
-    port: the name of the class in the file of the port's model. auto_class: what loads a saved one.
+    port: the name of the class in the file of the port's model, or in another file of the port's `code`.
+    auto_class: what loads a saved one, where it is a model of transformers.
     options: keywords of its configuration, each set a head of its own.
     original: `module:Class` of the original. build_original: (class, fields, options) -> module in evaluation mode.
     run_original: (module, tokens, mask (rows, tokens) bool) -> logits (rows, ...).
-    labels: (rows, options, seed) -> labels of a batch. loss: (logits, labels, options) -> scalar, in closed form.
+    labels: (tokens (rows, tokens), options, seed) -> labels of a batch.
+    loss: (logits, labels, options) -> scalar, in closed form.
     port_key: (original's state-dict key) -> the port's key.
+    write: (original with the head, fields, directory) writes the files from which the port's class then loads itself by
+        from_pretrained. None: it is built, and given the original's numbers by `port_key`.
     """
 
     name: str
     port: str
-    auto_class: str
+    auto_class: str = ""
     options: Sequence[Fields]
     original: str
     build_original: Callable[[type, Fields, Fields], torch.nn.Module]
     run_original: Callable[[torch.nn.Module, torch.Tensor, torch.Tensor], torch.Tensor]
-    labels: Callable[[int, Fields, int], torch.Tensor]
+    labels: Callable[[torch.Tensor, Fields, int], torch.Tensor]
     loss: Callable[[torch.Tensor, torch.Tensor, Fields], torch.Tensor]
     port_key: Callable[[str], str] = str
+    write: Callable[[torch.nn.Module, Fields, Path], None] | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Quantisation:
+    """How the ports of a family are quantised: a function `quantize(model, bits=, group_size=)` in one of their files.
+
+    fields: overrides of a drawn case's fields, for rows that are long enough. options: keywords, each set a way.
+    """
+
+    fields: Fields
+    options: Sequence[Fields]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -164,8 +180,9 @@ class Family:
     name: the word used in descriptions and reports.
     features: what the family has; a check whose needs are not among them is skipped. Known words: `logits`, `loss`,
         `causal`, `masks`, `dropout`, `generation`, `checkpoint`, `initialisation`, `parameter_groups`, `taps`,
-        `tied_embeddings`, `learned_positions`, `attentions`, `routing`, `legacy_calls`, `heads`,
-        `original_only`, `tokenizer` (its checkpoint has one, and a converter takes it along).
+        `tied_embeddings`, `learned_positions`, `attentions`, `routing`, `legacy_calls`, `heads`, `original_only`,
+        `further_inputs`, `further_outputs`, `quantisation`, `tokenizer` (its checkpoint has one, and a converter takes
+        it along).
     configurations: a Hypothesis strategy of `Fields`, valid by construction, that shrinks to the plainest model.
     original: `module:Class` of the built-in original.
     build_original: (class, fields) -> module in evaluation mode with its default initialisation.
@@ -196,15 +213,23 @@ class Family:
         mask (rows, tokens) bool, True where a token is to be seen) -> outputs.
     padding: fields -> the token id that padding has to carry, where the model tells padding by its id too; None: any
         id, since the mask alone tells.
+    positions_by_mask: whether positions count the tokens that the mask keeps; False where they count padding too.
     mask_axes: of an additive mask, by the family's contract: 4 (rows, 1 or heads, queries, keys), or 2 (rows, keys).
     relative_positions: fields -> whether only the distance of two positions matters. Such a model goes on beyond its
         maximum length. None: never.
-    first_position: the row of a learned position table that the first token has.
+    first_position: the row of a learned position table that the first token has; a function where fields decide.
+    longest: fields -> tokens of the longest text, where that is not the number of the field that bounds positions.
+    further_inputs: further argument of both forwards -> (fields, tokens (rows, tokens), seed) -> its value, or None
+        where the configuration has none of it.
+    run_further: as `run_original` without targets, with further arguments by name: (module, tokens, arguments).
     original_only: argument of the original's forward that a port cannot take -> its value for tokens (rows, tokens).
         A port says so instead of leaving it aside.
     heads: further classes beside the port's model, each with what it is compared to.
+    quantisation: how its ports are quantised, where they are.
+    framework: what its ports are written in, `transformers` or `mlx`; checks of a library's interface need that one.
+    output: the name of the output that is compared; what the checks call logits is (rows, tokens, any width).
     maximum_length, vocabulary: names of the fields that bound positions and token ids.
-    dropout: name of the field that sets the dropout probability, where there is one.
+    dropout: name of the field that sets the dropout probability, or their names; none where there is no such field.
     loss: how the original takes its targets.
     taps: fields -> the places to compare, in the order data passes them.
     gains: regular expression on the original's keys -> factor on the sensitising weights of that tensor.
@@ -218,10 +243,12 @@ class Family:
     training_state: keyword of a port's way back -> a value to write there, such as the number of steps done. Those that
         the port's `to_...` takes are given.
     read_training_state: path -> the same by the same keywords, from where the original's resume code looks for each.
+    file_dtypes: those that a checkpoint of the original can be in, beside float32.
     checkpoint_name: the name of the file, or of the directory, that `write_checkpoint` writes.
     weights_file: in a checkpoint that is a directory, the file that holds the tensors.
     generate_original: (module, prompt, keyword options max_new_tokens, temperature, top_k) -> prompt + new tokens.
     parameter_groups: (original module, weight decay) -> AdamW groups of the original.
+    revised_name: how a port may be told name and revision in one text, such as "{name}@{revision}".
     golden: reproduces what a golden file stores, see `harness.golden`.
     golden_names: further values of a golden file's `family` that this family answers for.
     golden_bounds: tensor-name pattern -> relative bound, where the default of `harness.golden` does not hold; the first
@@ -255,14 +282,25 @@ class Family:
     tied: Sequence[Sequence[str]] | Callable[[Fields], Sequence[Sequence[str]]] = ()
     run_masked: Callable[[torch.nn.Module, torch.Tensor, torch.Tensor], dict[str, torch.Tensor]] | None = None
     padding: Callable[[Fields], int | None] | None = None
+    positions_by_mask: bool = True
     mask_axes: Literal[2, 4] = 4
     relative_positions: Callable[[Fields], bool] | None = None
-    first_position: int = 0
+    first_position: int | Callable[[Fields], int] = 0
+    longest: Callable[[Fields], int] | None = None
+    further_inputs: Mapping[str, Callable[[Fields, torch.Tensor, int], torch.Tensor | None]] = dataclasses.field(
+        default_factory=dict
+    )
+    run_further: (
+        Callable[[torch.nn.Module, torch.Tensor, Mapping[str, torch.Tensor]], dict[str, torch.Tensor]] | None
+    ) = None
     original_only: Mapping[str, Callable[[torch.Tensor], Any]] = dataclasses.field(default_factory=dict)
     heads: Sequence[Head] = ()
+    quantisation: Quantisation | None = None
+    framework: str = "transformers"
+    output: str = "logits"
     maximum_length: str = "max_position_embeddings"
     vocabulary: str = "vocab_size"
-    dropout: str | None = None
+    dropout: str | Sequence[str] = ()
     loss: LossConvention = LossConvention(labels="hf", ignore_index=-100)
     taps: Callable[[Fields], Sequence[Tap]] | None = None
     gains: Mapping[str, float] = dataclasses.field(default_factory=dict)
@@ -272,10 +310,12 @@ class Family:
     resume: Callable[[torch.nn.Module, str], None] | None = None
     training_state: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     read_training_state: Callable[[str], Mapping[str, Any]] | None = None
+    file_dtypes: Sequence[str] = ("float64", "bfloat16", "float16")
     checkpoint_name: str = "checkpoint.pt"
     weights_file: str = ""
     generate_original: Callable[..., torch.Tensor] | None = None
     parameter_groups: Callable[[torch.nn.Module, float], list[dict[str, Any]]] | None = None
+    revised_name: str = ""
     golden: Callable[[Golden], Mapping[str, torch.Tensor]] | None = None
     golden_names: Sequence[str] = ()
     golden_bounds: Mapping[str, float] | Callable[[Golden], Mapping[str, float]] = dataclasses.field(
@@ -296,9 +336,29 @@ def tied_of(family: Family, fields: Fields) -> Sequence[Sequence[str]]:
     return family.tied(fields) if callable(family.tied) else family.tied
 
 
+def dropouts_of(family: Family) -> Sequence[str]:
+    """The fields that set a dropout probability."""
+    return (family.dropout,) if isinstance(family.dropout, str) else family.dropout
+
+
+def with_dropout(family: Family, fields: Fields, probability: float) -> Fields:
+    """Fields with every dropout probability set, where the family has any."""
+    return {**fields, **dict.fromkeys(dropouts_of(family), probability)}
+
+
 def padding_of(family: Family, fields: Fields) -> int | None:
     """The id that padding has to carry in a configuration; None where any may stand there."""
     return family.padding(fields) if family.padding is not None else None
+
+
+def longest_of(family: Family, fields: Fields) -> int:
+    """The tokens of the longest text of a configuration."""
+    return family.longest(fields) if family.longest is not None else int(fields[family.maximum_length])
+
+
+def first_position_of(family: Family, fields: Fields) -> int:
+    """The row of its position table that the first token of a text has."""
+    return family.first_position(fields) if callable(family.first_position) else family.first_position
 
 
 def has_relative_positions(family: Family, fields: Fields) -> bool:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from harness.errors import DescriptionError
 from harness.families import Family, read_conftest
-from harness.ports import Port, converter_spec, load_object
+from harness.ports import Port, converter_spec, family_of, load_object
 from harness.programs import command_of, python_program
 from harness.results import BAD, Result
 
@@ -210,7 +210,7 @@ def _work(port: Port, todo: Any, done: Any, everything: bool, time_limit: float)
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     read_conftest(port.root, [port.family])
-    options = Options(backends=("torch-cpu",), shrink_seconds=0.0, time_limit=time_limit)
+    options = Options(backends=family_of(port).backends[:1], shrink_seconds=0.0, time_limit=time_limit)
     with gate(plan([port], options)) as opened:
         while True:
             try:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING
 
-from harness.backends import pytorch
+from harness.backends import frameworks, pytorch
 from harness.errors import Mismatch
 from harness.routes import main_route
 from harness.trial import Trial, each_attention, port_logits, prepare
@@ -44,8 +44,10 @@ def narrows(trial: Trial, case: Case) -> bool:
         pair = prepare(here, at_least_two_tokens(case))
         tokens = pair.batch.tokens
         for _ in each_attention(pair.port):
-            if pytorch.float32_inside(lambda: port_logits(here, pair.port, tokens)):
+            if frameworks.float32_inside(pair.port, lambda: port_logits(here, pair.port, tokens)):
                 return True
+        if "loss" not in trial.family.features:
+            return False
         labels = port_labels(here, tokens, pair.batch.targets)
         targets = original_targets(here, labels)
         pair.port.train()

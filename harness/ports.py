@@ -229,13 +229,15 @@ def select_ports(ports: Sequence[Port], names: Sequence[str], *, directory: Path
     return [port for port in ports if not names or port.name in names]
 
 
-def load_object(spec: str, *, root: Path) -> Any:
+def load_object(spec: str, *, root: Path, watch: bool = True) -> Any:
     """The object that `file.py:Name` (relative to root) or `package.module:Name` means; Name may be dotted.
+
+    watch: whether to look what the import changes around it, see `changed_by_import`; it takes a second.
 
     Raises DescriptionError when the file or the name does not exist, and Mismatch when the code cannot be imported.
     """
     place, _, name = spec.rpartition(":")
-    if "torch" in sys.modules and (place, root) not in _changed_by_import:
+    if watch and "torch" in sys.modules and (place, root) not in _changed_by_import:
         from harness.surroundings import watched
 
         with watched(_changed_by_import.setdefault((place, root), [])):
@@ -253,6 +255,14 @@ def load_object(spec: str, *, root: Path) -> Any:
             raise DescriptionError(f"'{spec}': there is no '{part}' in {place}{nearest(part, own)}")
         found = getattr(found, part)
     return found
+
+
+def beside(port: Port, name: str) -> str | None:
+    """The spec of a name in the file of a port's model, or in the first other file of its code that has it."""
+    model = port.model.rpartition(":")[0]
+    if hasattr(_import(model, port.model, port.root), name):
+        return f"{model}:{name}"
+    return next((f"{file}:{name}" for file in port.code if name in top_level_names(port.root / file)), None)
 
 
 def changed_by_import(port: Port) -> list[str]:
@@ -280,7 +290,7 @@ def require_named(port: Port) -> None:
             raise DescriptionError(
                 f"port '{port.name}': {key} = '{place}:{name}': there is no file {path}{_nearest_file(path)}"
             )
-        names = _top_level_names(path)
+        names = top_level_names(path)
         if names and name.partition(".")[0] not in names:
             classes = [found for found in names if found[:1].isupper()] or names
             raise DescriptionError(
@@ -348,7 +358,7 @@ def _described(port: Port, spec: str, key: str) -> Any:
         raise DescriptionError(f"port '{port.name}': {key} {error}") from None
 
 
-def _top_level_names(path: Path) -> list[str]:
+def top_level_names(path: Path) -> list[str]:
     """Names that a file's own statements bind, classes first; empty when it may bind others, or is not Python."""
     try:
         with warnings.catch_warnings():

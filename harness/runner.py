@@ -74,6 +74,9 @@ COMMAND_EXAMPLES = 2
 PROGRAM_EXAMPLES = 6
 """The same, where the program is forked from a process that has the frameworks: a fraction of a second a start."""
 
+OF_TRANSFORMERS = frozenset({"remote_code"})
+"""Routes by which only models of transformers travel."""
+
 HARNESS = Path(__file__).parent
 
 
@@ -160,11 +163,15 @@ def _plan_port(port: Port, family: Family, options: Options) -> Iterator[Item]:
         for backend in backends:
             if options.backends and backend not in options.backends:
                 continue
-            dtypes = dict.fromkeys(_on(backend, dtype) for dtype in check.dtypes)
+            dtypes = dict.fromkeys(_on(backend, dtype) for dtype in check.dtypes if _is_known(backend, dtype))
             for route in list(routes)[: None if backend == family.backends[0] else 1]:
                 for dtype in dtypes:
                     if not options.dtypes or dtype in options.dtypes:
                         yield Item(port=port, family=family, check=check, route=route, backend=backend, dtype=dtype)
+
+
+def _is_known(backend: str, dtype: str) -> bool:
+    return dtype != "autocast" or not backend.startswith("mlx-")  # MLX knows no autocast
 
 
 def _on(backend: str, dtype: str) -> str:
@@ -245,7 +252,9 @@ def _why_not(item: Item) -> str | None:
     for check in (item.check.id, *(check for way in ways for check in ROUTE_CHECKS.get(way, ()))):
         if reason := lacks(item.port, check):
             return f"the port lacks it: {reason}"
-    absent = [need for need in item.check.needs if need not in item.family.features]
+    absent = [need for need in item.check.needs if need not in {*item.family.features, item.family.framework}]
+    if "transformers" in absent or (item.route in OF_TRANSFORMERS and item.family.framework != "transformers"):
+        return f"ports of family '{item.family.name}' are models of {item.family.framework}, not of transformers"
     if absent:
         return f"family '{item.family.name}' has no {absent[0].replace('_', ' ')}"
     return unavailable(item.backend)
@@ -502,8 +511,8 @@ def _what_is_lacking(error: Exception, inner: Sequence[traceback.FrameSummary]) 
     if not asked_here or not is_model_or_configuration or cls.__module__.partition(".")[0] in ("harness", "torch"):
         return None
     return (
-        f"{cls.__name__} has no {error.name}; a port is a transformers model with its configuration, or says in lacks"
-        " what it does without"
+        f"{cls.__name__} has no {error.name}; a port has what models of its library have, or says in lacks what it does"
+        " without"
     )
 
 
@@ -570,16 +579,28 @@ def _progress_bars() -> list[Callable[[], None]]:
 def too_few(ports: Sequence[Port], results: Sequence[Result], options: Options, *, filtered: bool = False) -> list[str]:
     """One line for every port of which fewer checks ran than it, or the options, ask for.
 
-    A port's own `min_checks` counts only when nothing was filtered out, by the options or otherwise.
+    A port's own `min_checks` counts only when nothing was filtered out, by the options or otherwise, and where one of
+    its family's backends is here: `--require` is what asks for those.
     """
     filtered = filtered or bool(options.checks or options.backends or options.dtypes)
     lines = []
     for port in ports:
-        least = max(options.min_checks, 0 if filtered else port.min_checks)
+        least = max(options.min_checks, 0 if filtered or nowhere(family_of(port)) else port.min_checks)
         run = checks_run(result for result in results if result.port == port.name)
         if run < least:
             lines.append(f"port '{port.name}': {run} checks ran, {least} were asked for")
     return lines
+
+
+def nowhere(family: Family) -> str | None:
+    """Why ports of a family cannot run on this machine at all; None when they can, on one backend at least."""
+    first: str | None = None
+    for backend in family.backends:
+        reason = unavailable(backend)
+        if reason is None:
+            return None
+        first = first or reason
+    return first
 
 
 def run_ports(

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from harness import numerics
-from harness.backends import pytorch
+from harness.backends import frameworks, pytorch
 from harness.cases import Case
 from harness.cases.batches import Batch, draw_batch
 from harness.cases.weights import sensitising_state
@@ -123,7 +123,10 @@ def prepare(trial: Trial, case: Case) -> Pair:
 
 def place(trial: Trial, model: torch.nn.Module) -> torch.nn.Module:
     """A port in the trial's dtype, on its device, in evaluation mode."""
-    return model.to(device=pytorch.device_of(trial.backend), dtype=pytorch.DTYPES[trial.dtype]).eval()
+    placed = model.to(device=pytorch.device_of(trial.backend), dtype=pytorch.DTYPES[trial.dtype]).eval()
+    if trial.backend.startswith("mlx-"):
+        placed.device = trial.backend.partition("-")[2]  # type: ignore[assignment]
+    return placed
 
 
 def run_original(
@@ -219,16 +222,18 @@ def outputs_of(trial: Trial, output: Any) -> dict[str, Any]:
         named = dict(output)
     else:
         named = {"logits": output} if isinstance(output, torch.Tensor) else dict(getattr(output, "__dict__", {}))
-    if not isinstance(named.get("logits"), torch.Tensor):
+    named.setdefault("logits", named.get(trial.family.output))
+    if not isinstance(named["logits"], torch.Tensor):
         raise Mismatch(
-            f"forward returned {type(output).__name__} without logits; a port returns an output with .logits"
+            f"forward returned {type(output).__name__} without {trial.family.output}; a port returns an output with"
+            f" .{trial.family.output}"
         )
     return {name: value.cpu() if isinstance(value, torch.Tensor) else value for name, value in named.items()}
 
 
 def port_class(trial: Trial) -> type:
-    """The port's model class."""
-    return load_class(trial.port.model, trial.port.root)
+    """The port's model class; for one of MLX the class of torch modules that stands for it."""
+    return frameworks.torch_class(load_class(trial.port.model, trial.port.root))
 
 
 def config_class(trial: Trial) -> type:

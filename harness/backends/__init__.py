@@ -8,16 +8,24 @@ import importlib.util
 BACKENDS = ("torch-cpu", "torch-cuda", "torch-mps", "mlx-cpu", "mlx-gpu")
 NO_FLOAT64 = frozenset({"torch-mps", "mlx-gpu"})
 
+MLX_INSTALL = "pip install 'parity-harness[mlx]'"
+
 _MARKS = {"torch-cuda": "cuda", "torch-mps": "metal", "mlx-cpu": "mlx", "mlx-gpu": "mlx"}
 
 
 def unavailable(backend: str) -> str | None:
     """Why a backend cannot be used here, in one phrase; None when it can."""
+    if backend == "torch-cpu":
+        return None  # torch is always here, and takes seconds to import
     framework, _, device = backend.partition("-")
     if framework == "mlx":
         if importlib.util.find_spec("mlx") is None:
-            return "MLX is not installed (pip install 'parity-harness[mlx]')"
-        from harness.backends import mlx
+            return f"MLX is not installed ({MLX_INSTALL})"
+        try:
+            from harness.backends import mlx
+        except ImportError as error:  # on Linux the package `mlx` alone has no library to load
+            said = (str(error).splitlines() or [type(error).__name__])[0]
+            return f"MLX cannot be imported: {said} ({MLX_INSTALL})"
 
         return mlx.unavailable(device)
     from harness.backends import pytorch

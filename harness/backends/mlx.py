@@ -26,7 +26,10 @@ def device_name() -> str:
 
 
 def to_array(tensor: torch.Tensor) -> Any:
-    """An MLX array with a CPU tensor's values and dtype; bfloat16 travels through float32, which holds it exactly."""
+    """An MLX array with a CPU tensor's values and dtype; bfloat16 travels through float32, which holds it exactly.
+
+    A copy: MLX may write its results where its inputs lie.
+    """
     import torch
 
     host = tensor.detach().cpu().contiguous()
@@ -39,10 +42,10 @@ def to_array(tensor: torch.Tensor) -> Any:
 
 
 def to_tensor(array: Any) -> torch.Tensor:
-    """A CPU tensor with an MLX array's values and dtype."""
+    """A CPU tensor with an MLX array's values and dtype; it shares the array's memory where NumPy knows the dtype."""
     import numpy
     import torch
 
     if array.dtype == mx.bfloat16:
         return torch.from_numpy(numpy.array(array.astype(mx.float32))).bfloat16()
-    return torch.from_numpy(numpy.array(array))
+    return torch.from_numpy(numpy.asarray(array, order="C"))

@@ -11,6 +11,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from harness.backends.names import TORCH_SETTINGS
+from harness.errors import Mismatch
+from harness.ports import first_line
 
 DTYPES = {
     "float64": torch.float64,
@@ -31,8 +33,9 @@ def unavailable(device: str) -> str | None:
 
 
 def device_of(backend: str) -> torch.device:
-    """The torch device of a backend name such as `torch-cuda`."""
-    return torch.device(backend.partition("-")[2])
+    """The torch device of a backend name such as `torch-cuda`; what goes to MLX is on the CPU before."""
+    framework, _, device = backend.partition("-")
+    return torch.device("cpu" if framework == "mlx" else device)
 
 
 def settings() -> dict[str, Any]:
@@ -90,6 +93,23 @@ def autocast(backend: str, dtype: str) -> Iterator[None]:
 def epsilon(dtype: str) -> float:
     """Distance from 1 to the next number of a dtype; autocast computes in bfloat16."""
     return torch.finfo(torch.bfloat16 if dtype == "autocast" else DTYPES[dtype]).eps
+
+
+@contextlib.contextmanager
+def compiled(model: torch.nn.Module, *, whole: bool) -> Iterator[Any]:
+    """A model as torch.compile traces it: in one graph where it is `whole`, with a backward pass, or in several.
+
+    Raises Mismatch where torch cannot.
+    """
+    torch._dynamo.reset()
+    try:
+        # Of several graphs what is traced is the question, and tracing alone takes a third of the time.
+        yield torch.compile(model, fullgraph=whole, backend="aot_eager" if whole else "eager")
+    except torch._dynamo.exc.TorchDynamoException as error:
+        call = "torch.compile(fullgraph=True)" if whole else "torch.compile"
+        raise Mismatch(f"{call} fails: {first_line(error)}") from None
+    finally:
+        torch._dynamo.reset()
 
 
 class _NarrowOperations(TorchDispatchMode):

@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
-from harness.families import Family
+from harness.families import Family, longest_of
 
 if TYPE_CHECKING:
     from hypothesis.strategies import SearchStrategy
@@ -45,7 +45,7 @@ def large_cases(family: Family, case: Case) -> Iterator[tuple[str, Case]]:
     for overrides in family.large:
         fields = {**case.fields, **overrides}
         described = ", ".join(f"{name}={value!r}" for name, value in overrides.items())
-        yield described, dataclasses.replace(case, fields=fields, rows=1, tokens=fields[family.maximum_length])
+        yield described, dataclasses.replace(case, fields=fields, rows=1, tokens=longest_of(family, fields))
 
 
 def cases(family: Family, kind: Kind = "drawn") -> SearchStrategy[Case]:
@@ -61,7 +61,7 @@ def cases(family: Family, kind: Kind = "drawn") -> SearchStrategy[Case]:
     def draw_case(draw: st.DrawFn) -> Case:
         fields = draw(configurations)
         fields = dict(nearby(fields)) if nearby else fields
-        maximum = fields[family.maximum_length]
+        maximum = longest_of(family, fields)
         # The same choices for every kind, so that a length that does not matter shrinks to the shortest.
         kind, length = draw(st.sampled_from(("any", "maximum", "one"))), draw(st.integers(2, maximum))
         tokens = {"any": length, "maximum": maximum, "one": 1}[kind]

@@ -297,12 +297,16 @@ def hidden_states(trial: Trial, case: Case) -> dict[str, float]:
     places = {tap.name: tap.original for tap in trial.family.taps(case.fields)}
     tokens, targets = pair.batch.tokens, pair.batch.targets
     blocks = [path for name, path in places.items() if name.count(".") == 1 and name.startswith("block.")]
-    if absent := [name for name in ("block.0", "final_norm") if name not in places]:
-        raise Skip(f"family '{trial.family.name}' names no tap '{absent[0]}', which hidden states are compared at")
+    first = "block.0" if "final_norm" in places else "embedding"
+    if not blocks or first not in places:
+        raise Skip(f"family '{trial.family.name}' names no tap '{first}', which hidden states are compared at")
     _, calls = watch(pair.original, lambda: run_original(trial, pair.original, tokens, targets))
     ran = {call.path: call for call in calls}
-    # Whatever is added to the embedding, a block is given the sum.
-    expected = [ran[path].inputs[0] for path in blocks] + [cast(torch.Tensor, ran[places["final_norm"]].output)]
+    if "final_norm" in places:
+        # Whatever is added to the embedding, a block is given the sum.
+        expected = [ran[path].inputs[0] for path in blocks] + [cast(torch.Tensor, ran[places["final_norm"]].output)]
+    else:
+        expected = [cast(torch.Tensor, ran[path].output) for path in (places["embedding"], *blocks)]
     # With gradients: the same states are then asked for theirs.
     states = getattr(call_port(trial, pair.port, tokens, output_hidden_states=True), "hidden_states", None)
     if states is None:
@@ -339,7 +343,7 @@ def _end_masked(tokens: torch.Tensor) -> torch.Tensor:
 
 def _require_gradients(model: Any, states: Sequence[torch.Tensor]) -> None:
     """Raises Mismatch unless each hidden state depends on the token embedding in a way that gradients can follow."""
-    table = model.get_input_embeddings()
+    table = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
     weight = getattr(table, "weight", None)
     if weight is None or not weight.requires_grad:
         return

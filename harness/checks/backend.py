@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from harness.backends import frameworks
 from harness.cases import Case
 from harness.checks.loss import at_least_two_tokens, port_labels
 from harness.checks.masks import padded_batch
@@ -75,23 +76,19 @@ def attention_gradients(trial: Trial, case: Case) -> dict[str, float]:
 def compiled(trial: Trial, case: Case) -> dict[str, float]:
     """torch.compile takes the port as one graph, or with padding as several, and they compute the same logits.
 
-    Experts have too little room for all. Would have caught: graph breaks on values of tensors, shapes burnt into the
-    graph, a mask that compiling leaves out, buffers of experts that are compiled only and give what was dropped.
+    A port of MLX is compiled by MLX. Experts have too little room for all. Would have caught: graph breaks on values of
+    tensors, shapes or values burnt into the graph, a mask that compiling leaves out, buffers of experts that are
+    compiled only and give what was dropped.
     """
     if trial.family.routing is not None:
         case = dataclasses.replace(case, fields=trial.family.routing.crowded(case.fields))
     pair = prepare(trial, dataclasses.replace(case, rows=2, tokens=max(case.tokens, 2)))
-    expected = port_logits(trial, pair.port, pair.batch.tokens)
-    torch._dynamo.reset()
-    try:
-        graph: Any = torch.compile(pair.port, fullgraph=True, backend="aot_eager")
-        actual = port_logits(trial, graph, pair.batch.tokens)
-    except torch._dynamo.exc.TorchDynamoException as error:
-        raise Mismatch(f"torch.compile(fullgraph=True) fails: {first_line(error)}") from None
-    finally:
-        torch._dynamo.reset()
-    numbers = require_semantics(trial, "compiled logits", actual, expected)
-    return worst(numbers, _compiled_masked(trial, case, pair))
+    batches = {"": pair.batch.tokens, " of the next batch": pair.batch.tokens.flip(0)}
+    expected = {what: port_logits(trial, pair.port, tokens) for what, tokens in batches.items()}
+    with frameworks.compiled(pair.port, whole=True) as graph:
+        actual = {what: port_logits(trial, graph, tokens) for what, tokens in batches.items()}
+    numbers = [require_semantics(trial, f"compiled logits{what}", actual[what], expected[what]) for what in batches]
+    return worst(*numbers, _compiled_masked(trial, case, pair))
 
 
 def placement(trial: Trial, case: Case) -> dict[str, float]:
@@ -123,14 +120,8 @@ def _compiled_masked(trial: Trial, case: Case, pair: Pair) -> dict[str, float]:
     padded = padded_batch(trial, case, pair, "left")
     mask = padded.mask.long()
     expected = port_logits(trial, pair.port, padded.tokens, attention_mask=mask)[padded.mask]
-    try:
-        # What is traced is the question here, and tracing alone takes a third of the time.
-        traced: Any = torch.compile(pair.port, backend="eager")
+    with frameworks.compiled(pair.port, whole=False) as traced:
         actual = port_logits(trial, traced, padded.tokens, attention_mask=mask)[padded.mask]
-    except torch._dynamo.exc.TorchDynamoException as error:
-        raise Mismatch(f"torch.compile fails with padding: {first_line(error)}") from None
-    finally:
-        torch._dynamo.reset()
     return require_semantics(trial, "compiled logits of left-padded rows", actual, expected)
 
 

@@ -13,7 +13,7 @@ from harness.cases import Case, large_cases
 from harness.checks.loss import at_least_two_tokens, original_targets, port_labels
 from harness.checks.masks import padded_batch
 from harness.errors import Mismatch, Skip
-from harness.families import has_relative_positions
+from harness.families import first_position_of, has_relative_positions, longest_of, with_dropout
 from harness.layout import layout_of
 from harness.ports import first_line
 from harness.routes import carry, logits_by
@@ -83,12 +83,72 @@ def blocks(trial: Trial, case: Case) -> dict[str, float]:
     return {**worst(*numbers), "taps": float(len(found))}
 
 
+def outputs(trial: Trial, case: Case) -> dict[str, float]:
+    """What the original gives beside its main output, such as that of a pooler, is the port's too.
+
+    Would have caught: a pooler without its activation, or over another token than the first.
+    """
+    pair = prepare(trial, case)
+    expected = run_original(trial, pair.original, pair.batch.tokens)
+    actual = run_port(trial, pair.port, pair.batch.tokens)
+    names = [name for name in expected if name not in ("logits", "loss")]
+    if not names:
+        raise Skip("the original gives nothing else in this configuration")
+    numbers = []
+    for name in names:
+        if actual.get(name) is None:
+            raise Mismatch(f"forward gives no {name}, which the original does")
+        baseline = lambda name=name: run_original(  # noqa: E731
+            trial, original_model(trial, case, dtype=trial.dtype), pair.batch.tokens
+        )[name]
+        numbers.append(require_semantics(trial, name, actual[name], expected[name], baseline=baseline))
+    return worst(*numbers)
+
+
+def further_inputs(trial: Trial, case: Case) -> dict[str, float]:
+    """What the original's forward takes beside tokens, such as token types, means the same to the port.
+
+    Would have caught: token types that are ignored, or added behind the norm.
+    """
+    fields, run = case.fields, trial.family.run_further
+    assert run is not None  # the check needs further_inputs
+    pair = prepare(trial, case)
+    tokens = pair.batch.tokens
+    made = {name: make(fields, tokens, case.seed) for name, make in trial.family.further_inputs.items()}
+    given = {name: value for name, value in made.items() if value is not None}
+    if not given:
+        raise Skip("this configuration takes tokens alone")
+    with torch.no_grad():
+        expected = run(pair.original, tokens, given)["logits"]
+        baseline = lambda: run(original_model(trial, case, dtype=trial.dtype), tokens, given)["logits"]  # noqa: E731
+        actual = port_logits(trial, pair.port, tokens, **given)
+        return require_semantics(trial, f"logits with {', '.join(given)}", actual, expected, baseline=baseline)
+
+
+def outside_vocabulary(trial: Trial, case: Case) -> dict[str, float]:
+    """A token id that the model has no row for, too large or negative, ends in an error.
+
+    Would have caught: a gather that does not look, which reads the memory behind its table.
+    """
+    pair = prepare(trial, case)
+    for wrong in (case.fields[trial.family.vocabulary], -1):
+        tokens = pair.batch.tokens.clone()
+        tokens[-1, -1] = wrong
+        try:
+            port_logits(trial, pair.port, tokens)
+        except (IndexError, ValueError, RuntimeError):
+            continue
+        rows = case.fields[trial.family.vocabulary]
+        raise Mismatch(f"token id {wrong} is accepted by a model with {rows} rows; expected an error that names it")
+    return {}
+
+
 def lengths(trial: Trial, case: Case) -> dict[str, float]:
     """One token, and exactly the maximum number of tokens, give the original's logits.
 
     Would have caught: position tables one row short or shifted by one, masks built for a length less one.
     """
-    maximum = case.fields[trial.family.maximum_length]
+    maximum = longest_of(trial.family, case.fields)
     pair = prepare(trial, case)
     numbers = []
     for tokens in (1, maximum):
@@ -135,7 +195,7 @@ def beyond_maximum(trial: Trial, case: Case) -> dict[str, float]:
     (on CUDA a device-side assertion that ends the process), and positions that wrap around and give finite, wrong
     logits; a table of rotations that does not grow.
     """
-    maximum = case.fields[trial.family.maximum_length]
+    maximum = longest_of(trial.family, case.fields)
     if has_relative_positions(trial.family, case.fields):
         pair = prepare(trial, case)
         batches = [draw(trial, dataclasses.replace(case, tokens=maximum + more)) for more in (8, 1, 0)]
@@ -145,7 +205,7 @@ def beyond_maximum(trial: Trial, case: Case) -> dict[str, float]:
                 for b in batches
             )
         )
-    last = maximum - 1 + trial.family.first_position
+    last = maximum - 1 + first_position_of(trial.family, case.fields)
     port = place(trial, carry(trial, case, original_model(trial, case)))
     tokens = content_tokens(trial, case, draw(trial, dataclasses.replace(case, tokens=maximum + 1)).tokens)
     _refused(maximum, f"{maximum + 1} tokens", lambda: port_logits(trial, port, tokens))
@@ -251,7 +311,7 @@ def causal(trial: Trial, case: Case) -> dict[str, float]:
 
     Would have caught: a bidirectional mask, a mask shifted by one, a diagonal left out.
     """
-    tokens_count = max(case.tokens, 2) if case.fields[trial.family.maximum_length] > 1 else 0
+    tokens_count = max(case.tokens, 2) if longest_of(trial.family, case.fields) > 1 else 0
     if not tokens_count:
         raise Skip("one position has no order")
     pair = prepare(trial, dataclasses.replace(case, tokens=tokens_count))
@@ -276,8 +336,7 @@ def deterministic(trial: Trial, case: Case) -> dict[str, float]:
 
     Would have caught: dropout through the functional form without `training`, noise that is added in evaluation.
     """
-    fields = {**case.fields, **({trial.family.dropout: 0.5} if trial.family.dropout else {})}
-    pair = prepare(trial, dataclasses.replace(case, fields=fields))
+    pair = prepare(trial, dataclasses.replace(case, fields=with_dropout(trial.family, case.fields, 0.5)))
     for attention in each_attention(pair.port):
         first, second = (port_logits(trial, pair.port, pair.batch.tokens) for _ in range(2))
         if not torch.equal(first, second):
@@ -350,7 +409,7 @@ def position_ids(trial: Trial, case: Case) -> dict[str, float]:
     """
     if has_relative_positions(trial.family, case.fields):
         return _relative_position_ids(trial, case)
-    maximum, start = case.fields[trial.family.maximum_length], trial.family.first_position
+    maximum, start = longest_of(trial.family, case.fields), first_position_of(trial.family, case.fields)
     pair = prepare(trial, dataclasses.replace(case, rows=max(case.rows, 2)))
     tokens = content_tokens(trial, case, pair.batch.tokens)
     shift = 1 + case.seed % max(maximum - tokens.shape[1], 1)
@@ -390,7 +449,7 @@ def position_ids(trial: Trial, case: Case) -> dict[str, float]:
 def _relative_position_ids(trial: Trial, case: Case) -> dict[str, float]:
     pair = prepare(trial, dataclasses.replace(at_least_two_tokens(case), rows=max(case.rows, 2)))
     tokens = pair.batch.tokens
-    count, maximum = tokens.shape[1], case.fields[trial.family.maximum_length]
+    count, maximum = tokens.shape[1], longest_of(trial.family, case.fields)
     plain = run_original(trial, pair.original, tokens, pair.batch.targets)["logits"]
     numbers = []
     for shift in (1, maximum + 3):

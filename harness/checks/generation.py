@@ -15,6 +15,7 @@ from harness.cases import Case, large_cases
 from harness.cases.batches import draw_batch
 from harness.checks.masks import padded_batch, unpadded_logits
 from harness.errors import Mismatch, Skip
+from harness.families import longest_of
 from harness.numerics import FLOAT32_INSIDE_BOUND, first_difference, require_close, top_two_gap
 from harness.ports import first_line
 from harness.trial import (
@@ -56,7 +57,7 @@ def past_maximum(trial: Trial, case: Case) -> dict[str, float]:
     IndexError in the middle of a generation, positions that stop counting.
     """
     pair, prompt, _ = prompted(trial, case)
-    maximum = case.fields[trial.family.maximum_length]
+    maximum = longest_of(trial.family, case.fields)
     count = maximum - prompt.shape[1] + 4
     try:
         numbers = continues(trial, pair, prompt, count, use_cache=False)
@@ -101,7 +102,7 @@ def large(trial: Trial, case: Case) -> dict[str, float]:
 
 
 def _large(trial: Trial, pair: Pair, case: Case) -> dict[str, float]:
-    maximum = case.fields[trial.family.maximum_length]
+    maximum = longest_of(trial.family, case.fields)
     half = maximum // 2
     numbers = _incremental(trial, pair, [half, 1, 1, maximum - half - 2])
     if not is_asked(trial, "learned_positions", "generation.past_maximum"):
@@ -274,7 +275,7 @@ def beam(trial: Trial, case: Case) -> dict[str, float]:
 
     Would have caught: a cache that is not reordered with its beams.
     """
-    maximum = case.fields[trial.family.maximum_length]
+    maximum = longest_of(trial.family, case.fields)
     short = max(1, maximum - BEAM_STEPS)
     pair, prompt, count = prompted(trial, dataclasses.replace(case, rows=1, tokens=min(case.tokens, short)))
     steps = min(count, BEAM_STEPS)
@@ -300,7 +301,7 @@ def static_cache(trial: Trial, case: Case) -> dict[str, float]:
     if not getattr(pair.port, "_can_compile_fullgraph", False):
         return numbers  # a port may leave it to generate() to make the mask that such a cache needs
     tokens = pair.batch.tokens
-    made = _static_cache(pair.port, rows=tokens.shape[0], length=case.fields[trial.family.maximum_length])
+    made = _static_cache(pair.port, rows=tokens.shape[0], length=longest_of(trial.family, case.fields))
     first = -(-tokens.shape[1] // 2)
     chunks = [first, *[1] * (tokens.shape[1] - first)]
     actual = incremental_logits(trial, pair.port, tokens, chunks, cached=made)
@@ -420,7 +421,7 @@ def _incremental(trial: Trial, pair: Pair, chunks: list[int], attention: str = "
 
 def prompted(trial: Trial, case: Case) -> tuple[Pair, torch.Tensor, int]:
     """The pair, a prompt (rows, tokens), and how many tokens fit behind it: the last one is never fed back."""
-    maximum = case.fields[trial.family.maximum_length]
+    maximum = longest_of(trial.family, case.fields)
     length = max(1, min(case.tokens, maximum - 2))
     pair = prepare(trial, case)
     prompt = draw_batch(

@@ -119,8 +119,35 @@ def revisions(trial: Trial, case: Case) -> dict[str, float]:
             )
         commit = _commit(hub, "v1")
         steps = {"main": newest, "v1": tagged, "experiment": branched, commit: tagged, commit[:10]: tagged}
-        answer = pull(trial, case, *(by_name(f"{NAME} at {name}", revision=name) for name in steps))
-    return _same(trial, answer, {f"{NAME} at {name}": saved.logits for name, saved in steps.items()})
+        loads = [by_name(f"{NAME} at {name}", revision=name) for name in steps]
+        expected = {f"{NAME} at {name}": saved.logits for name, saved in steps.items()}
+        if trial.family.revised_name:
+            named = trial.family.revised_name.format(name=NAME, revision="v1")
+            loads.append(by_name(named, source=named))
+            expected[named] = tagged.logits
+        answer = pull(trial, case, *loads)
+    return _same(trial, answer, expected)
+
+
+def cache_dir(trial: Trial, case: Case) -> dict[str, float]:
+    """With cache_dir= the files lie there, and none in the client's own cache.
+
+    Would have caught: from_pretrained that drops cache_dir, a file that is fetched without it.
+    """
+    saved = _saved(trial, case)
+    asked, own = trial.workdir / "asked", trial.workdir / "own"
+    with served(trial):
+        push(trial, model_of(trial, saved.directory))
+        answer = pull(trial, case, by_name(NAME, cache_dir=str(asked)), cache=own)
+    numbers = _same(trial, answer, {NAME: saved.logits})
+    strays = [file for file in own.rglob("snapshots/**/*") if file.is_file()]
+    if strays:
+        raise Mismatch(f"{strays[0].name} is in the client's own cache after from_pretrained(cache_dir=...)")
+    kept = {file.name for file in asked.rglob("snapshots/**/*") if file.is_file()}
+    if "config.json" not in kept:
+        found = ", ".join(sorted(kept)) or "nothing"
+        raise Mismatch(f"config.json is not below cache_dir after from_pretrained, only {found}")
+    return {**numbers, "files": float(len(kept))}
 
 
 def code_revision(trial: Trial, case: Case) -> dict[str, float]:

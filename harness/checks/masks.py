@@ -11,13 +11,14 @@ import torch
 from harness.cases import Case
 from harness.cases.batches import Padded, Side, pad
 from harness.errors import Mismatch, Skip
-from harness.families import has_relative_positions, padding_of
+from harness.families import has_relative_positions, longest_of, padding_of
 from harness.numerics import FLOAT32_INSIDE_BOUND, relative_error
 from harness.ports import first_line
 from harness.trial import (
     Pair,
     Trial,
     each_attention,
+    is_asked,
     original_model,
     port_logits,
     prepare,
@@ -229,7 +230,7 @@ def all_masked_row(trial: Trial, case: Case) -> dict[str, float]:
     mask = torch.ones_like(tokens)
     mask[1] = 0
     masks = [mask]
-    if trial.family.mask_axes == 2:
+    if trial.family.mask_axes == 2 and is_asked(trial, "masks", "masks.additive"):
         dtype = next(pair.port.parameters()).dtype
         masks.append(torch.zeros(mask.shape, dtype=dtype).masked_fill(mask == 0, float("-inf")))
     numbers = []
@@ -252,7 +253,7 @@ _SIDES: tuple[Side, ...] = ("right", "left", "interior")
 
 def padded_batch(trial: Trial, case: Case, pair: Pair, side: Side) -> Padded:
     """The pair's batch with padding on a side, no wider than the model's maximum."""
-    maximum, vocabulary = case.fields[trial.family.maximum_length], case.fields[trial.family.vocabulary]
+    maximum, vocabulary = longest_of(trial.family, case.fields), case.fields[trial.family.vocabulary]
     width = min(maximum, case.tokens + 1 + case.seed % 3)
     pad_id = padding_of(trial.family, case.fields)
     return pad(pair.batch.tokens, side=side, seed=case.seed, vocabulary=vocabulary, width=width, pad_id=pad_id)
@@ -261,7 +262,7 @@ def padded_batch(trial: Trial, case: Case, pair: Pair, side: Side) -> Padded:
 def _padding(trial: Trial, case: Case, side: Side) -> dict[str, float]:
     pair = prepare(trial, case)
     padded = padded_batch(trial, case, pair, side)
-    expected = _as_original(trial, case, pair.original, padded, side)
+    expected = rows_as_original(trial, case, pair.original, padded, side)
     numbers = []
     for mask in (padded.mask.long(), padded.mask, padded.mask.to(next(pair.port.parameters()).dtype)):
         kind = str(mask.dtype).removeprefix("torch.")
@@ -277,7 +278,7 @@ def _padding(trial: Trial, case: Case, side: Side) -> dict[str, float]:
                 f"logits of {side}-padded rows ({kind} mask) against the rows alone",
                 actual,
                 expected,
-                baseline=lambda: _as_original(
+                baseline=lambda: rows_as_original(
                     trial, case, original_model(trial, case, dtype=trial.dtype), padded, side
                 ),
             )
@@ -285,10 +286,12 @@ def _padding(trial: Trial, case: Case, side: Side) -> dict[str, float]:
     return worst(*numbers)
 
 
-def _as_original(trial: Trial, case: Case, original: torch.nn.Module, padded: Padded, side: Side) -> torch.Tensor:
+def rows_as_original(trial: Trial, case: Case, original: torch.nn.Module, padded: Padded, side: Side) -> torch.Tensor:
     """The original's logits (real tokens, vocabulary) of what padded rows hold."""
-    masked = trial.family.run_masked
-    if side != "interior" or masked is None or not has_relative_positions(trial.family, case.fields):
+    masked, alone = trial.family.run_masked, trial.family.positions_by_mask or side == "right"
+    if side == "interior" and has_relative_positions(trial.family, case.fields):
+        alone = False
+    if masked is None or alone:
         return unpadded_logits(trial, original, padded)
     with torch.no_grad():
         return masked(original, padded.tokens, padded.mask)["logits"][padded.mask]

@@ -4,26 +4,32 @@
 from __future__ import annotations
 
 import dataclasses
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 
-from harness.backends import pytorch
+from harness.backends import frameworks, pytorch
 from harness.capture import capture_both
 from harness.cases import Case
 from harness.checks.generation import incremental_logits
 from harness.checks.loss import at_least_two_tokens, original_targets, port_labels
-from harness.checks.masks import padded_batch, unpadded_logits
+from harness.checks.masks import padded_batch, rows_as_original
 from harness.checks.training import original_gradients, port_gradients
 from harness.errors import Mismatch, Skip
-from harness.families import taps_of
+from harness.families import Fields, longest_of, taps_of
 from harness.layout import layout_of
-from harness.numerics import require_calibrated
+from harness.numerics import relative_error, require_calibrated
+from harness.ports import beside, load_object
+from harness.routes.pretrained import load
 from harness.trial import (
     Pair,
     Trial,
     copied,
     each_attention,
     is_asked,
+    place,
     port_logits,
     prepare,
     run_original,
@@ -35,6 +41,9 @@ MANY_POSITIONS = 600
 
 STEEP = 3.0
 """By how much matrices grow for scores that are far below zero, with everything still finite in float16."""
+
+STEP_SLACK = 1e-3
+"""Of a step of quantisation: its scale and bias are float32 numbers."""
 
 ROWS = 8
 """Many rows, so that the largest of many rounding errors is compared and not the luck of a few."""
@@ -117,7 +126,7 @@ def masks(trial: Trial, case: Case) -> dict[str, float]:
     pair, oracle = pairs(trial, case)
     padded = padded_batch(trial, case, pair, "left")
     mask = padded.mask.long()
-    baseline, expected = (unpadded_logits(trial, module, padded) for module in (pair.original, oracle))
+    baseline, expected = (rows_as_original(trial, case, module, padded, "left") for module in (pair.original, oracle))
     numbers = []
     for attention in each_attention(pair.port):
         every = port_logits(trial, pair.port, padded.tokens, attention_mask=mask)
@@ -200,11 +209,11 @@ def long_positions(trial: Trial, case: Case) -> dict[str, float]:
     Would have caught: positions counted in the model's dtype, where bfloat16 has no whole number between 256 and 258.
     """
     fields = {**case.fields, trial.family.maximum_length: MANY_POSITIONS}
-    case = dataclasses.replace(case, fields=fields, tokens=MANY_POSITIONS)
+    case = dataclasses.replace(case, fields=fields, tokens=longest_of(trial.family, fields))
     pair, oracle = pairs(trial, case, rows=1)
     tokens = pair.batch.tokens
     baseline, expected = _logits(trial, pair, oracle)
-    what = f"logits of {MANY_POSITIONS} tokens"
+    what = f"logits of {case.tokens} tokens"
     numbers = [_calibrated(trial, what, port_logits(trial, pair.port, tokens), baseline, expected)]
     if is_asked(trial, "masks", "masks.none_is_ones"):
         actual = port_logits(trial, pair.port, tokens, attention_mask=torch.ones_like(tokens))
@@ -221,6 +230,71 @@ def cache(trial: Trial, case: Case) -> dict[str, float]:
     tokens = pair.batch.tokens
     actual = incremental_logits(trial, pair.port, tokens, [1] * tokens.shape[1])
     return _calibrated(trial, "logits with a cache", actual, *_logits(trial, pair, oracle))
+
+
+def quantised(trial: Trial, case: Case) -> dict[str, float]:
+    """A quantised port computes what the original does with the numbers it stores, each within a step of the float's.
+
+    Saved and loaded it is the very same. What quantising costs is in the numbers, as the logits' error against those of
+    the float original. Would have caught: settings that are left aside or lost in a file, norms that are rounded too.
+    """
+    settings = trial.family.quantisation
+    assert settings is not None  # the check needs quantisation
+    spec = beside(trial.port, "quantize")
+    if spec is None:
+        place = trial.port.model.rpartition(":")[0]
+        raise Skip(f"there is no function quantize in {place} or another file that the port's `code` names")
+    case = dataclasses.replace(case, fields={**case.fields, **settings.fields})
+    numbers = []
+    for options in settings.options:
+        pair, oracle = pairs(trial, case)
+        tokens, targets = pair.batch.tokens, pair.batch.targets
+        of_float = run_original(trial, oracle, tokens, targets)["logits"]
+        port, stored = frameworks.quantised(pair.port, load_object(spec, root=trial.port.root), options)
+        names = {key: trial.family.port_key(key) for key in oracle.state_dict()}
+        if lacking := sorted(set(names.values()) - set(stored)):
+            raise Skip(f"the port has no {lacking[0]}: its tensors have other names")
+        _within_a_step(oracle, names, stored, options)
+        for module in (oracle, pair.original):
+            module.load_state_dict({key: stored[name] for key, name in names.items()})
+        baseline, expected = _logits(trial, pair, oracle)
+        actual = port_logits(trial, port, tokens)
+        what = f"logits of the port quantised with {', '.join(f'{name}={value}' for name, value in options.items())}"
+        found = _calibrated(trial, what, actual, baseline, expected)
+        _same_from_file(trial, port, tokens, actual, what)
+        numbers.append({**found, f"against_float_{options['bits']}_bits": relative_error(expected, of_float)})
+    return worst(*numbers)
+
+
+def _within_a_step(
+    original: torch.nn.Module, names: Mapping[str, str], stored: Mapping[str, torch.Tensor], options: Fields
+) -> None:
+    """Raises Mismatch for a number that is further from the float's than a step of its group, where it is rounded."""
+    for key, tensor in original.state_dict().items():
+        difference = (stored[names[key]].double() - tensor).abs()
+        if not bool(difference.any()):
+            continue
+        if tensor.ndim != 2 or tensor.shape[-1] % options["group_size"]:
+            raise Mismatch(f"quantize changes {names[key]}, which has no rows of whole groups")
+        groups = tensor.unflatten(-1, (-1, options["group_size"]))
+        step = (groups.amax(-1, keepdim=True) - groups.amin(-1, keepdim=True)) / (2 ** options["bits"] - 1)
+        off = float((difference.view_as(groups) / step.clamp_min(1e-30)).max())
+        if off > 1 + STEP_SLACK:
+            said = f"with {options['bits']} bits in groups of {options['group_size']}"
+            raise Mismatch(f"quantize {said}: a number of {names[key]} is {off:.1f} steps from the float one, bound 1")
+
+
+def _same_from_file(trial: Trial, port: torch.nn.Module, tokens: torch.Tensor, actual: torch.Tensor, what: str) -> None:
+    """Raises Mismatch unless a quantised port that was saved and loaded is quantised and gives the same logits."""
+    directory = Path(tempfile.mkdtemp(dir=trial.workdir))
+    port.save_pretrained(directory)  # type: ignore[operator]
+    again = load(trial, directory)
+    if set(again.state_dict()) != set(port.state_dict()):
+        lost = sorted(set(again.state_dict()) ^ set(port.state_dict()))
+        raise Mismatch(f"{what}, saved and loaded: it has other tensors, such as {lost[0]}")
+    found = port_logits(trial, place(trial, again), tokens)
+    if not torch.equal(found, actual):
+        raise Mismatch(f"{what}, saved and loaded: they differ by {relative_error(found, actual):.1e}")
 
 
 def pairs(trial: Trial, case: Case, *, rows: int = ROWS) -> tuple[Pair, torch.nn.Module]:

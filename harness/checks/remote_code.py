@@ -15,6 +15,7 @@ from harness.cases import Case
 from harness.checks.api import base_model as base_of
 from harness.checks.generation import greedy_tokens
 from harness.errors import Mismatch, Skip
+from harness.families import longest_of
 from harness.ports import source_file
 from harness.routes.pretrained import require_clean
 from harness.routes.remote_code import directory, load, logits_of, request_for, tied_groups
@@ -189,7 +190,7 @@ def tokenizer(trial: Trial, case: Case) -> dict[str, float]:
     values = answer.values
     if values["missing"]:
         raise Mismatch(f"the tokenizer has no {values['missing'][0]}")
-    rows, longest = case.fields[trial.family.vocabulary], case.fields[trial.family.maximum_length]
+    rows, longest = case.fields[trial.family.vocabulary], longest_of(trial.family, case.fields)
     if values["largest"] >= rows:
         raise Mismatch(f"the tokenizer has a token {values['largest']}, the model {rows} rows")
     if values["longest"] != longest:
@@ -211,7 +212,7 @@ def generation(trial: Trial, case: Case) -> dict[str, float]:
     Would have caught: generation settings that are not saved, code that generates only where it was written.
     """
     original = original_model(trial, case)
-    maximum = case.fields[trial.family.maximum_length]
+    maximum = longest_of(trial.family, case.fields)
     prompt = draw(trial, case).tokens[:, : max(1, maximum - 2)]
     count = maximum - prompt.shape[1]
     options = {"max_new_tokens": count, "do_sample": False}

@@ -18,7 +18,7 @@ from harness.backends import pytorch
 from harness.cases import Case
 from harness.checks.untouched import WRITTEN_BY_SAVING, untouched
 from harness.errors import Mismatch
-from harness.families import tied_of
+from harness.families import dropouts_of, tied_of
 from harness.ports import first_line
 from harness.routes import carry
 from harness.routes.pretrained import load, save
@@ -55,6 +55,8 @@ def pretrained(trial: Trial, case: Case) -> dict[str, float]:
     if loaded.training:
         raise Mismatch("from_pretrained returns a model in training mode; it should be in evaluation mode")
     numbers = _same_state(loaded, model, "after save_pretrained and from_pretrained")
+    if trial.family.framework != "transformers":
+        return numbers
     other = copied(model)
     with torch.no_grad():
         for parameter in other.parameters():
@@ -81,9 +83,7 @@ def options(trial: Trial, case: Case) -> dict[str, float]:
     saved = json.loads((directory / "config.json").read_text())
     if "AutoTokenizer" not in saved.get("auto_map", {}):
         raise Mismatch("save_pretrained drops the tokenizer from the configuration's auto_map")
-    given: dict[str, Any] = {}
-    if trial.family.dropout is not None:
-        given[port_field(trial, type(model.config), trial.family.dropout)] = DROPOUT
+    given: dict[str, Any] = {port_field(trial, type(model.config), name): DROPOUT for name in dropouts_of(trial.family)}
     if hasattr(model.config, "use_cache"):
         given["use_cache"] = not model.config.use_cache
     loaded: Any = load(trial, directory, **given)

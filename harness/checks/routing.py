@@ -29,7 +29,7 @@ from harness.checks.training import (
 )
 from harness.checks.weights import said
 from harness.errors import Mismatch, Skip
-from harness.families import Auxiliary, Decision, RoutedLayer
+from harness.families import Auxiliary, Decision, RoutedLayer, longest_of
 from harness.numerics import FLOAT32_INSIDE_BOUND, SEMANTICS_BOUND, relative_error, require_calibrated
 from harness.routing import (
     Seen,
@@ -132,7 +132,7 @@ def capacity(trial: Trial, case: Case) -> dict[str, float]:
     case = dataclasses.replace(case, fields=routing.crowded(case.fields))
     pair = prepare(trial, case)
     layers = routed_layers(trial, case)
-    maximum = case.fields[trial.family.maximum_length]
+    maximum = longest_of(trial.family, case.fields)
     numbers = []
     for count in COUNTS:
         width = next(width for width in range(min(maximum, count), 0, -1) if count % width == 0)
@@ -247,7 +247,7 @@ def variance(trial: Trial, case: Case) -> dict[str, float]:
     capacity counted over other tokens than the original's.
     """
     case = dataclasses.replace(at_least_two_tokens(case), rows=max(case.rows, 2))
-    if case.fields[trial.family.maximum_length] < 2:
+    if longest_of(trial.family, case.fields) < 2:
         raise Skip("one position has no order")
     routed_layers(trial, case)
     pair = prepare(trial, case)

@@ -18,7 +18,7 @@ from harness.checks.loss import at_least_two_tokens, original_targets, port_labe
 from harness.checks.masks import padded_batch
 from harness.checks.untouched import untouched
 from harness.errors import Mismatch, Skip
-from harness.families import taps_of
+from harness.families import dropouts_of, taps_of, with_dropout
 from harness.layout import layout_of
 from harness.numerics import FLOAT32_GRADIENT_BOUND, SEMANTICS_BOUND, relative_error, require_shape
 from harness.routing import all_terms
@@ -58,15 +58,29 @@ SIGMAS = 6.0
 def gradients(trial: Trial, case: Case) -> dict[str, float]:
     """The gradient of the loss in training mode equals the original's, for every parameter.
 
-    Would have caught: a detached branch, a loss that is right in value and scaled in its gradient, a term of the loss
-    that only training adds.
+    Without a loss it is that of a sum of the outputs, each number weighted at random. Would have caught: a detached
+    branch, a loss that is right in value and scaled in its gradient, a term of the loss that only training adds.
     """
     case = at_least_two_tokens(case)
     pair = in_training(prepare(trial, case))
+    if "loss" not in trial.family.features:
+        return _gradients_of_outputs(trial, case, pair)
     labels = port_labels(trial, pair.batch.tokens, pair.batch.targets)
     actual = port_gradients(trial, pair, labels)
     expected = original_gradients(trial, pair.original, pair.batch.tokens, original_targets(trial, labels))
     return same_tensors(trial, case, "gradient", actual, expected)
+
+
+def _gradients_of_outputs(trial: Trial, case: Case, pair: Pair) -> dict[str, float]:
+    tokens = pair.batch.tokens
+    theirs = trial.family.run_original(pair.original, tokens, None)
+    ours = outputs_of(trial, call_port(trial, pair.port, tokens))
+    generator = torch.Generator().manual_seed(case.seed + 7)
+    weights = {name: torch.randn(value.shape, generator=generator, dtype=value.dtype) for name, value in theirs.items()}
+    for model, outputs in ((pair.original, theirs), (pair.port, ours)):
+        model.zero_grad()
+        sum((outputs[name] * weight).sum() for name, weight in weights.items()).backward()  # type: ignore[union-attr]
+    return same_tensors(trial, case, "gradient", collected(pair.port), collected(pair.original))
 
 
 def gradients_masked(trial: Trial, case: Case) -> dict[str, float]:
@@ -231,12 +245,14 @@ def dropout(trial: Trial, case: Case) -> dict[str, float]:
     Under one seed both draw the same masks when dropout stands in the same places, in the same order; otherwise mean
     and variance of many draws must agree. Would have caught: dropout left out of one residual branch, or given twice.
     """
-    assert trial.family.dropout is not None  # the check needs dropout
-    fields = {**case.fields, trial.family.dropout: 0.3}
-    pair = prepare(trial, dataclasses.replace(case, fields=fields, rows=1, tokens=max(2, min(case.tokens, 6))))
-    pair.port.train()
-    pair.original.train()
-    return worst(*(_same_spread(trial, case, pair, attention) for attention in each_attention(pair.port)))
+    numbers = []
+    for name in dropouts_of(trial.family):
+        fields = {**case.fields, name: 0.3}
+        pair = prepare(trial, dataclasses.replace(case, fields=fields, rows=1, tokens=max(2, min(case.tokens, 6))))
+        pair.port.train()
+        pair.original.train()
+        numbers += [_same_spread(trial, case, pair, attention) for attention in each_attention(pair.port)]
+    return worst(*numbers)
 
 
 def _same_spread(trial: Trial, case: Case, pair: Pair, attention: str) -> dict[str, float]:
@@ -302,7 +318,7 @@ def _same_share_left_alone(trial: Trial, case: Case, pair: Pair, attention: str)
 def _same_with_embeddings(trial: Trial, case: Case, pair: Pair, tokens: torch.Tensor, expected: torch.Tensor) -> None:
     """Token embeddings instead of ids go through the same dropout, as the tuning of prompts needs."""
     model: Any = pair.port
-    if not takes(model, "inputs_embeds"):
+    if not takes(model, "inputs_embeds") or not hasattr(model, "get_input_embeddings"):
         return
     embedding = model.get_input_embeddings()
     embeds = embedding(tokens.to(embedding.weight.device)).detach()
@@ -336,8 +352,7 @@ def gradient_checkpointing(trial: Trial, case: Case) -> dict[str, float]:
     Would have caught: a checkpointed block called with its arguments out of order (NameError in an existing port),
     other dropout when a block runs again, a configuration that is left changed.
     """
-    fields = {**case.fields, **({trial.family.dropout: 0.3} if trial.family.dropout else {})}
-    case = dataclasses.replace(at_least_two_tokens(case), fields=fields)
+    case = dataclasses.replace(at_least_two_tokens(case), fields=with_dropout(trial.family, case.fields, 0.3))
     pair = prepare(trial, case)
     model: Any = pair.port
     labels = port_labels(trial, pair.batch.tokens, pair.batch.targets)

@@ -18,11 +18,12 @@ from typing import Any, TypeVar
 
 import torch
 
+from harness.backends import pytorch
 from harness.cases import Case, large_cases
 from harness.checks.loss import at_least_two_tokens
 from harness.checks.untouched import WRITTEN_BY_SAVING, untouched
 from harness.errors import DescriptionError, Mismatch, Skip
-from harness.families import tied_of
+from harness.families import dropouts_of, longest_of, tied_of, with_dropout
 from harness.layout import layout_of
 from harness.numerics import FLOAT32_INSIDE_BOUND, relative_error
 from harness.ports import converter_spec, first_line, load_object, shortened
@@ -47,8 +48,6 @@ from harness.trial import (
 )
 
 DROPOUT = 0.25
-
-FILE_DTYPES = {"float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 File = TypeVar("File")
 
@@ -122,9 +121,7 @@ def configuration(trial: Trial, case: Case) -> dict[str, float]:
     defaults = trial.family.defaults or {}
     # A number that is left out must not be found again in the defaults.
     other = {name: 1.5 * n for name, n in case.fields.items() if isinstance(n, float) and n == defaults.get(name)}
-    if trial.family.dropout is not None:
-        other[trial.family.dropout] = DROPOUT
-    case = dataclasses.replace(case, fields={**case.fields, **other})
+    case = dataclasses.replace(case, fields=with_dropout(trial.family, {**case.fields, **other}, DROPOUT))
     model = checkpoint.load(trial, checkpoint.write(trial, case, original_model(trial, case, dtype="float32")))
     config = getattr(model, "config", None)
     for field, value in case.fields.items() if config is not None else ():
@@ -197,14 +194,14 @@ def back_to_original(trial: Trial, case: Case) -> dict[str, float]:
     same fields; and writing them leaves the live model as it was.
 
     A converter named `from_...` has its way back in the model's method `to_...`, or beside a function in the function
-    `to_...` that is given the model and the path; it writes the original's own file.
+    `to_...` that is given the model and the path; `from_pretrained` has it in `save_pretrained`. It writes the
+    original's own file.
     Would have caught: a head that is missing from the file, mask buffers written among the weights, a dropout that is
     always written as 0, a model that training goes on with in float32 or in evaluation mode after an export.
     """
     if trial.family.read_checkpoint is None:
         raise Skip(f"family '{trial.family.name}' declares no way to read its checkpoint")
-    if trial.family.dropout is not None:
-        case = dataclasses.replace(case, fields={**case.fields, trial.family.dropout: DROPOUT})
+    case = dataclasses.replace(case, fields=with_dropout(trial.family, case.fields, DROPOUT))
     original = original_model(trial, case, dtype="float32")
     port: Any = carry(trial, case, original)
     back = _way_back(trial, port)
@@ -242,9 +239,11 @@ def back_to_original(trial: Trial, case: Case) -> dict[str, float]:
 def _way_back(trial: Trial, model: Any) -> Callable[..., Any] | None:
     """What writes a model of the port to a path in the original's format; None where there is nothing of the name."""
     place, _, name = (converter_spec(trial.port) or "").rpartition(":")
-    if not name.rpartition(".")[2].startswith("from_"):
+    method = name.rpartition(".")[2]
+    if not method.startswith("from_"):
         return None
-    back = "to_" + name.rpartition(".")[2].removeprefix("from_")
+    # A port that reads the original's own files with from_pretrained writes them with its counterpart.
+    back = "save_pretrained" if method == "from_pretrained" else "to_" + method.removeprefix("from_")
     found: Callable[..., Any] | None = getattr(model, back, None)
     if found is None and "." not in name:
         with contextlib.suppress(DescriptionError):
@@ -296,18 +295,18 @@ def read_again(trial: Trial, case: Case) -> dict[str, float]:
         raise Skip("the port's load is not a function that could remember what it has read")
     other = dataclasses.replace(case, seed=case.seed + 1)
     path = checkpoint.write(trial, case, original_model(trial, case, dtype="float32"))
-    content = path.read_bytes()
+    content = checkpoint.content_of(path)
     first = checkpoint.load(trial, path)
-    if path.read_bytes() != content:
+    if checkpoint.content_of(path) != content:
         raise Mismatch("the converter writes into the file that it reads")
-    path.unlink()
     before = {key: tensor.clone() for key, tensor in first.state_dict().items()}
+    path.rename(path.with_name("away-" + path.name))
     again = checkpoint.write(trial, other, original_model(trial, other, dtype="float32"))
     second = checkpoint.load(trial, again)
     if changed := [key for key, tensor in first.state_dict().items() if not torch.equal(tensor, before[key])]:
         raise Mismatch(f"{changed[0]} of a model changes when the file that it was read from is written anew")
     fresh = again.with_name("fresh-" + again.name)
-    fresh.write_bytes(again.read_bytes())
+    again.rename(fresh)
     _require_same_model(
         trial, other, "a file written anew at a path read before", second, checkpoint.load(trial, fresh)
     )
@@ -347,7 +346,7 @@ def dtypes(trial: Trial, case: Case) -> dict[str, float]:
     if trial.port.loader not in ("checkpoint", "command"):
         raise Skip(f"the port declares no converter: its load is {trial.port.load!r}")
     kept: dict[str, bool] = {}
-    for name, dtype in _affordable(trial, case, FILE_DTYPES):
+    for name, dtype in _affordable(trial, case, {name: pytorch.DTYPES[name] for name in trial.family.file_dtypes}):
         original = original_model(trial, case, dtype="float32").to(dtype)
         path = checkpoint.write(trial, case, original, dtype=dtype)
         if not _original_reads(trial, path):
@@ -489,13 +488,14 @@ def whole_numbers(trial: Trial, case: Case) -> dict[str, float]:
     Not asked of a port whose configuration takes no whole number there. Would have caught: isinstance(dropout, float)
     in a converter, on files of training configurations that say `dropout = 0`.
     """
-    if trial.port.loader not in ("checkpoint", "command") or trial.family.dropout is None:
-        raise Skip("the port declares no converter, or the family has no dropout")
-    fields = {**case.fields, trial.family.dropout: 0}
+    if trial.port.loader not in ("checkpoint", "command"):
+        raise Skip("the port declares no converter")
+    fields = with_dropout(trial.family, case.fields, 0)
+    said = " and ".join(f"{name}=0" for name in dropouts_of(trial.family))
     try:
         port_config(trial, fields)
     except Exception as error:  # types may be part of what a configuration promises
-        raise Skip(f"the configuration takes no {trial.family.dropout}=0: {first_line(error)}") from None
+        raise Skip(f"the configuration takes no {said}: {first_line(error)}") from None
     original = original_model(trial, case, dtype="float32")
     expected = checkpoint.load(trial, checkpoint.write(trial, case, original))
     path = checkpoint.write(trial, dataclasses.replace(case, fields=fields), original)
@@ -504,9 +504,9 @@ def whole_numbers(trial: Trial, case: Case) -> dict[str, float]:
     except DescriptionError:
         raise
     except Exception as error:
-        what = f"a file with {trial.family.dropout}=0"
+        what = f"a file with {said}"
         raise Mismatch(f"the converter refuses {what}, which its configuration takes: {_in_one_line(error)}") from error
-    _require_same_model(trial, case, f"a file with {trial.family.dropout}=0", actual, expected)
+    _require_same_model(trial, case, f"a file with {said}", actual, expected)
     return {}
 
 
@@ -602,7 +602,7 @@ def said() -> Iterator[list[str]]:
 
 def _tensor_misshapen(trial: Trial, case: Case, original: torch.nn.Module, plain: Path) -> None:
     # Rows that count positions or tokens are also how a converter may learn of their number.
-    numbers = {case.fields[trial.family.maximum_length], case.fields[trial.family.vocabulary]}
+    numbers = {longest_of(trial.family, case.fields), case.fields[trial.family.vocabulary]}
     name = _untied(trial, case, original, besides=numbers)
 
     def cut(tensors: dict[str, torch.Tensor]) -> None:

@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
-from harness.families import Family
+from harness.families import Family, dropouts_of
 from harness.init import findings
 from harness.init.sources import Definition, Repository, definitions, find, foreign, lineage, source
 
@@ -36,8 +36,8 @@ class Match:
 
 def fields_of(family: Family) -> list[str]:
     """The original's fields, as far as the family names them."""
-    named = [*(family.defaults or ()), *family.fields, family.maximum_length, family.vocabulary]
-    return list(dict.fromkeys(name for name in [*named, family.dropout] if name))
+    named = [*(family.defaults or ()), *family.fields, family.maximum_length, family.vocabulary, *dropouts_of(family)]
+    return list(dict.fromkeys(named))
 
 
 def match_families(

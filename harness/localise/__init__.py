@@ -14,7 +14,7 @@ from harness.backends import NO_FLOAT64
 from harness.capture import capture_both
 from harness.cases import Case
 from harness.checks import Check
-from harness.families import taps_of
+from harness.families import longest_of, taps_of, with_dropout
 from harness.localise.finding import Divergence, Search
 from harness.numerics import SEMANTICS_BOUND
 from harness.routes import main_route
@@ -63,11 +63,9 @@ def locate(trial: Trial, case: Case, check: Check, *, seconds: float = SECONDS) 
 
 def _roomy(trial: Trial, case: Case, check: Check) -> Case:
     """The same weights with a batch that leaves less to chance, and dropout where the check has it."""
-    longest = case.fields.get(trial.family.maximum_length, case.tokens)
+    longest = longest_of(trial.family, case.fields) if trial.family.maximum_length in case.fields else case.tokens
     tokens = max(case.tokens, min(longest, ROOMY_TOKENS))
-    fields = dict(case.fields)
-    if trial.family.dropout is not None and check.id in WITH_DROPOUT:
-        fields[trial.family.dropout] = 0.5
+    fields = with_dropout(trial.family, case.fields, 0.5) if check.id in WITH_DROPOUT else case.fields
     return dataclasses.replace(case, fields=fields, rows=max(case.rows, ROOMY_ROWS), tokens=tokens)
 
 

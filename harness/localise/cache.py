@@ -13,7 +13,7 @@ import torch
 from harness.capture import Call, watch
 from harness.cases.batches import Side, pad
 from harness.errors import ParityError
-from harness.families import padding_of
+from harness.families import longest_of, padding_of
 from harness.localise.finding import Divergence, Search, distance, require_time, tap_names, while_there_is_time
 from harness.localise.visibility import is_seen, is_unseen, listed, visible
 from harness.ports import lacks
@@ -131,7 +131,7 @@ def _static(search: Search, tokens: torch.Tensor) -> Any:
     from transformers.cache_utils import StaticCache
 
     made: Any = StaticCache
-    longest = search.case.fields[search.trial.family.maximum_length]
+    longest = longest_of(search.trial.family, search.case.fields)
     options: dict[str, Any] = {"config": search.pair.port.config, "max_cache_len": longest}
     try:
         return made(**options)

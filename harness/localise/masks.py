@@ -12,7 +12,7 @@ import torch
 
 from harness.cases.batches import Side, pad
 from harness.errors import ParityError
-from harness.families import has_relative_positions, padding_of
+from harness.families import has_relative_positions, longest_of, padding_of
 from harness.localise import operations
 from harness.localise.finding import Divergence, Search, distance, require_time, while_there_is_time
 from harness.localise.visibility import is_seen, is_unseen, visible
@@ -89,7 +89,7 @@ def _settings(search: Search) -> Iterator[Setting]:
             real=every,
         )
     fields, family = search.case.fields, search.trial.family
-    width = min(fields[family.maximum_length], tokens.shape[1] + 2)
+    width = min(longest_of(family, fields), tokens.shape[1] + 2)
     # Where only distances of positions count, a hole between tokens moves them apart.
     sides: tuple[Side, ...] = (
         ("right", "left") if has_relative_positions(family, fields) else ("right", "left", "interior")

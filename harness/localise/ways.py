@@ -10,6 +10,7 @@ import torch
 
 from harness.backends.pytorch import DTYPES, device_of
 from harness.capture import Call, watch
+from harness.families import longest_of
 from harness.localise.finding import Divergence, Search, distance, explains, tap_names
 from harness.localise.relations import factor_between, number, relation_of_outputs
 from harness.trial import call_port, copied, each_attention, outputs_of, port_logits, takes
@@ -145,7 +146,7 @@ def _told_by_generate(search: Search) -> Divergence | None:
     """Positions that generate() gives for a padded row, where they do not count from its first token."""
     port: Any = search.pair.port
     tokens = search.pair.batch.tokens
-    longest = search.case.fields[search.trial.family.maximum_length]
+    longest = longest_of(search.trial.family, search.case.fields)
     tokens = tokens[:, : max(2, min(tokens.shape[1], longest - 2))]
     mask = torch.ones_like(tokens)
     mask[-1, 0] = 0

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from harness import programs
+from harness.backends import frameworks
 from harness.errors import Mismatch, Skip
 from harness.ports import converter_spec, load_object
 from harness.trial import Trial, copied, port_class
@@ -46,7 +47,7 @@ def load(trial: Trial, path: Path) -> torch.nn.Module:
         return converted_model
     if kind != "checkpoint":
         raise Skip(f"the port declares no converter: its load is {trial.port.load!r}")
-    model = converter(trial)(str(path))
+    model = frameworks.torch_module(converter(trial)(str(path)))
     if not isinstance(model, torch.nn.Module):
         raise Mismatch(f"{rest} returned {type(model).__name__}; a converter returns the model")
     return model
@@ -65,7 +66,7 @@ def converted(trial: Trial, path: Path, *, cold: bool = False) -> Path:
     What it made of the same bytes before is copied; but where `cold` asks for an interpreter of its own.
     """
     out = Path(tempfile.mkdtemp(dir=trial.workdir)) / "converted"
-    content = hashlib.sha256(trial.port.load.encode() + str(trial.port.root).encode() + _content(path)).hexdigest()
+    content = hashlib.sha256(trial.port.load.encode() + str(trial.port.root).encode() + content_of(path)).hexdigest()
     known = trial.sandbox.root / "converted" / content
     if known.is_dir() and not cold:
         return Path(shutil.copytree(known, out))
@@ -77,7 +78,7 @@ def converted(trial: Trial, path: Path, *, cold: bool = False) -> Path:
     return out
 
 
-def _content(path: Path) -> bytes:
+def content_of(path: Path) -> bytes:
     """What tells one checkpoint from another: its bytes, of a directory those of every file with its name."""
     if not path.is_dir():
         return path.read_bytes()

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from harness.hub import HubServer, User
 from harness.routes import pretrained
-from harness.routes.remote_code import directory, logits_of, request_for, tied_groups
+from harness.routes.remote_code import directory, hidden, logits_of, request_for, tied_groups
 from harness.trial import Trial, draw
 
 if TYPE_CHECKING:
@@ -46,14 +46,19 @@ def served(trial: Trial) -> Iterator[HubServer]:
 
 
 def model_of(trial: Trial, saved: Path, *, to: str = NAME, **options: Any) -> Step:
-    """The step of an author who pushes a saved directory as the class of the repository; options of push_to_hub."""
+    """The step of an author who pushes a saved directory as the class of the repository; options of push_to_hub.
+
+    What is no model of transformers has no push_to_hub, and its author uploads the directory.
+    """
+    if trial.family.framework != "transformers":
+        return folder_of(saved, to=to, **options)
     author = {"class": trial.port.model, "root": str(trial.port.root)}
     return {"kind": "model", "source": str(saved), "to": to, "options": options, **author}
 
 
-def folder_of(saved: Path, *, to: str = NAME) -> Step:
-    """The step of somebody who uploads a directory as it is."""
-    return {"kind": "folder", "source": str(saved), "to": to, "options": {}}
+def folder_of(saved: Path, *, to: str = NAME, **options: Any) -> Step:
+    """The step of somebody who uploads a directory as it is; options `revision`, `private` and `token`."""
+    return {"kind": "folder", "source": str(saved), "to": to, "options": options}
 
 
 def tag_of(name: str) -> Step:
@@ -103,7 +108,7 @@ def pull(
     cache: Path | None = None,
     offline: bool = False,
 ) -> Answer:
-    """Takes the steps in one fresh process that cannot read the port's repository, then runs the models on its batch.
+    """Takes the steps in one fresh process that a user of the port could have, then runs the models on its batch.
 
     cache: where the client keeps its files from one process to another; without it each begins with none.
     Raises Mismatch (as SandboxFailure) when a step fails, and for tensors that were missing or left over.
@@ -112,7 +117,7 @@ def pull(
         "pull",
         request_for(trial, steps=steps, token=token, tied=tied_groups(trial, case)),
         tensors={"input_ids": draw(trial, case).tokens},
-        hidden_paths=[trial.port.root],
+        hidden_paths=hidden(trial),
         cache=cache,
     )
     for values in answer.values.values():

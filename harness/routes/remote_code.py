@@ -50,7 +50,7 @@ def load(
         "load_and_run",
         request_for(trial, directory=str(saved), **request),
         tensors=tensors,
-        hidden_paths=[trial.port.root],
+        hidden_paths=hidden(trial),
         poisoned_memory=poisoned_memory,
     )
     pretrained.require_clean(answer.values["loading"])
@@ -58,8 +58,15 @@ def load(
 
 
 def request_for(trial: Trial, **request: Any) -> dict[str, Any]:
-    """A sandbox request with the Auto class and dtype of the trial."""
-    return {"auto_class": trial.family.port_auto_class, "dtype": trial.dtype, **request}
+    """A sandbox request with the dtype of the trial and what loads its port: an Auto class, or the port's own class."""
+    if trial.family.framework == "transformers":
+        return {"auto_class": trial.family.port_auto_class, "dtype": trial.dtype, **request}
+    return {"class": trial.port.model, "root": str(trial.port.root), "dtype": trial.dtype, **request}
+
+
+def hidden(trial: Trial) -> list[Path]:
+    """What a user of a saved port does not have: its repository, where the port travels with its code."""
+    return [trial.port.root] if trial.family.framework == "transformers" else []
 
 
 def tied_groups(trial: Trial, case: Case) -> list[list[str]]:

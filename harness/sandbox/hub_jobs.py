@@ -26,8 +26,9 @@ def push(request: Mapping[str, Any], tensors: Tensors) -> tuple[Values, Tensors]
     """Pushes models, tokenizers and folders to repositories and puts tags there, one after the other.
 
     Request: `token` (of the one who pushes; null for nobody), `steps`, and what `load` takes. Each step has `kind`
-    (model, tokenizer, folder or tag), `to`, and `options` of `push_to_hub` or what else does it; all but a tag have a
-    `source`. A model is loaded by its `class` (a spec, and `root`), as its author has it, or as a user of it would.
+    (model, tokenizer, folder or tag), `to`, and `options` of `push_to_hub` or what else does it (`private`, `revision`
+    and `token` of a folder); all but a tag have a `source`. A model is loaded by its `class` (a spec, and `root`), as
+    its author has it, or as a user of it would.
     """
     log_in(request)
     for step in request["steps"]:
@@ -42,7 +43,8 @@ def _push_model(step: Mapping[str, Any], request: Mapping[str, Any]) -> None:
 
         from harness.ports import load_object
 
-        model = load_object(step["class"], root=Path(step["root"])).from_pretrained(step["source"], dtype="auto")
+        cls = load_object(step["class"], root=Path(step["root"]), watch=False)
+        model = cls.from_pretrained(step["source"], dtype="auto")
     else:
         model, _ = load(step["source"], request)
     model.push_to_hub(step["to"], **step.get("options", {}))
@@ -57,9 +59,12 @@ def _push_tokenizer(step: Mapping[str, Any], request: Mapping[str, Any]) -> None
 def _push_folder(step: Mapping[str, Any], request: Mapping[str, Any]) -> None:
     from huggingface_hub import HfApi
 
-    api = HfApi()
-    api.create_repo(step["to"], exist_ok=True)
-    api.upload_folder(repo_id=step["to"], folder_path=step["source"], **step.get("options", {}))
+    options = {"private": None, "revision": None, "token": None, **step.get("options", {})}
+    api = HfApi(token=options["token"])
+    api.create_repo(step["to"], exist_ok=True, private=options["private"])
+    if options["revision"] is not None:
+        api.create_branch(step["to"], branch=options["revision"], exist_ok=True)
+    api.upload_folder(repo_id=step["to"], folder_path=step["source"], revision=options["revision"])
 
 
 def _push_tag(step: Mapping[str, Any], request: Mapping[str, Any]) -> None:
@@ -92,7 +97,7 @@ def pull(request: Mapping[str, Any], tensors: Tensors) -> tuple[Values, Tensors]
             if step["kind"] == "tokenizer":
                 values[name] = _tokens_of(step)
                 continue
-            if step.get("own_generation"):
+            if step.get("own_generation") and "class" not in request:
                 options = {**options, "generation_config": GenerationConfig()}
             try:
                 models[name], loading = load(step["source"], {**request, "load": options})

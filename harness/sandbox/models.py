@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+import types
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,15 +22,19 @@ if TYPE_CHECKING:
 Values = dict[str, Any]
 
 
-OF_THE_HUB = ("revision", "code_revision", "token")
+OF_THE_HUB = ("revision", "code_revision", "token", "cache_dir")
 """Options of loading that say where the files are; a configuration is looked for with the same."""
 
 
 def load(source: str, request: Mapping[str, Any]) -> tuple[Any, Values]:
     """The model of a directory or a repository of the Hub, as its user would load it, and what is said about it.
 
+    With a `class` (a spec, and `root`) it is loaded by that: it is no model of transformers, and its code is there.
+
     Raises ValueError when `auto_class` names no Auto class of models.
     """
+    if "class" in request:
+        return _load_own(source, request)
     import torch
     import transformers
 
@@ -59,6 +64,17 @@ def load(source: str, request: Mapping[str, Any]) -> tuple[Any, Values]:
     return model.eval(), loading
 
 
+def _load_own(source: str, request: Mapping[str, Any]) -> tuple[Any, Values]:
+    import torch
+
+    from harness.backends import frameworks
+    from harness.ports import load_object
+
+    cls: Any = frameworks.torch_class(load_object(request["class"], root=Path(request["root"]), watch=False))
+    model = cls.from_pretrained(source, **request.get("load", {})).to(getattr(torch, request.get("dtype", "float32")))
+    return model.eval(), {"missing_keys": [], "unexpected_keys": []}
+
+
 def forward(model: Any, request: Mapping[str, Any], tensors: Tensors) -> tuple[Values, Any]:
     """The outputs of one call in evaluation mode, and the type of each by name, those that are no tensors too."""
     import torch
@@ -85,6 +101,7 @@ def generation_inputs(tensors: Tensors) -> Tensors:
 
 def items(value: Any) -> list[tuple[str, Any]]:
     """The parts of an output under their names; those of a tuple are numbered."""
+    value = vars(value) if isinstance(value, types.SimpleNamespace) else value
     if isinstance(value, Mapping):
         return [(str(name), part) for name, part in value.items()]
     parts = value if isinstance(value, list | tuple) else [value]
@@ -97,7 +114,7 @@ def flatten(name: str, value: Any) -> Tensors:
 
     if torch.is_tensor(value):
         return {name: value}
-    if not isinstance(value, Mapping | list | tuple):
+    if not isinstance(value, Mapping | list | tuple | types.SimpleNamespace):
         return {}
     return {key: part for inner, nested in items(value) for key, part in flatten(f"{name}.{inner}", nested).items()}
 

@@ -1245,6 +1245,21 @@ HUB = (
         ),
     ),
     _model(
+        "cache-dir-dropped",
+        "from_pretrained drops the cache_dir it is given",
+        "hub.cache_dir",
+        *_loading_by_name('kwargs.pop("cache_dir", None)'),
+    ),
+    _model(
+        "file-outside-of-cache-dir",
+        "from_pretrained fetches the configuration once more, without cache_dir",
+        "hub.cache_dir",
+        *_loading_by_name(
+            "from huggingface_hub import hf_hub_download",
+            'kwargs.get("cache_dir") and hf_hub_download(name, "config.json")',
+        ),
+    ),
+    _model(
         "asks-at-every-start",
         "from_pretrained asks the Hub about the repository every time",
         "hub.warm_cache",
@@ -2159,6 +2174,20 @@ MORE_INTERFACE = (
         "backend.placement",
         "(torch.arange(length, device=inputs_embeds.device) + past).unsqueeze(0)",
         "(torch.arange(length) + past).unsqueeze(0)",
+    ),
+    _model(
+        "ids-clamped",
+        "a token id beyond the vocabulary is read as the last one",
+        "forward.outside_vocabulary",
+        "            inputs_embeds = self.wte(input_ids)\n",
+        "            inputs_embeds = self.wte(input_ids.clamp(max=self.wte.num_embeddings - 1))\n",
+    ),
+    _model(
+        "ids-from-the-end",
+        "negative token ids count from the end of the vocabulary",
+        "forward.outside_vocabulary",
+        "            inputs_embeds = self.wte(input_ids)\n",
+        "            inputs_embeds = self.wte(input_ids % self.wte.num_embeddings if (input_ids < 0).any() else input_ids)\n",
     ),
     _model(
         "mask-dropped-by-compiling",

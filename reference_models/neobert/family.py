@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from harness.classifiers import text_labels, text_loss
 from harness.families import Family, Fields, Head, LossConvention, Tap
 from reference_models.neobert import golden, native_files
 
@@ -111,31 +112,6 @@ def run_classifier(module: torch.nn.Module, tokens: torch.Tensor, mask: torch.Te
     """Its logits (rows, labels)."""
     logits: torch.Tensor = module(tokens, additive(module, mask))["logits"]
     return logits
-
-
-def classifier_labels(rows: int, options: Fields, seed: int) -> torch.Tensor:
-    """Labels of a kind: classes (rows,), numbers (rows,), or any of the classes (rows, labels)."""
-    import torch
-
-    generator, count = torch.Generator().manual_seed(seed + 6), options["num_labels"]
-    kind = options["problem_type"]
-    if kind == "single_label_classification":
-        return torch.randint(count, (rows,), generator=generator)
-    if kind == "regression":
-        return torch.randn(rows, generator=generator).double()
-    return torch.randint(2, (rows, count), generator=generator).double()
-
-
-def classifier_loss(logits: torch.Tensor, labels: torch.Tensor, options: Fields) -> torch.Tensor:
-    """Cross entropy over classes, mean squared error of a number, binary cross entropy of each class."""
-    from torch.nn import functional
-
-    kind = options["problem_type"]
-    if kind == "single_label_classification":
-        return functional.cross_entropy(logits, labels)
-    if kind == "regression":
-        return functional.mse_loss(logits.squeeze(-1), labels)
-    return functional.binary_cross_entropy_with_logits(logits, labels)
 
 
 def _ones(tokens: torch.Tensor) -> torch.Tensor:
@@ -251,8 +227,8 @@ FAMILY = Family(
             original="reference_models.neobert.original:NeoBERTForSequenceClassification",
             build_original=build_classifier,
             run_original=run_classifier,
-            labels=classifier_labels,
-            loss=classifier_loss,
+            labels=text_labels,
+            loss=text_loss,
         ),
     ),
     maximum_length="max_length",

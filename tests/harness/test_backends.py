@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+import harness.backends
 from harness import check_parity
 from harness.backends import BACKENDS, NO_FLOAT64, mark_of, pytorch, unavailable
 from harness.backends.names import DTYPES, TORCH_SETTINGS
@@ -139,6 +140,32 @@ def test_without_mlx_the_reason_says_how_to_get_it(backend: str, monkeypatch: py
     assert unavailable(backend) == "MLX is not installed (pip install 'parity-harness[mlx]')"
 
 
+@pytest.fixture
+def forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The module of MLX is imported anew inside, and is the one that it was afterwards."""
+    # Set before they are taken away, so that what an import sets is taken back.
+    monkeypatch.setitem(sys.modules, "harness.backends.mlx", types.ModuleType("mlx"))
+    monkeypatch.delitem(sys.modules, "harness.backends.mlx")
+    monkeypatch.setattr(harness.backends, "mlx", None, raising=False)
+    monkeypatch.delattr(harness.backends, "mlx")
+
+
+@pytest.mark.usefixtures("forgotten")
+def test_an_mlx_that_cannot_be_loaded_says_why_and_how_to_get_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    # On Linux `pip install mlx` alone gives a package without the library of its platform.
+    package = types.ModuleType("mlx")
+    package.__spec__ = importlib.util.spec_from_loader("mlx", None)
+    package.__path__ = []
+    monkeypatch.setitem(sys.modules, "mlx", package)
+    monkeypatch.setitem(sys.modules, "mlx.core", None)
+    for backend in ("mlx-cpu", "mlx-gpu"):
+        reason = unavailable(backend)
+        assert reason is not None and "\n" not in reason
+        assert reason.startswith("MLX cannot be imported: import of mlx.core halted")
+        assert reason.endswith(" (pip install 'parity-harness[mlx]')")
+
+
+@pytest.mark.usefixtures("forgotten")
 @pytest.mark.parametrize(("gpu", "reason"), [(True, None), (False, "there is no MLX GPU (Metal or CUDA)")])
 def test_mlx_without_a_gpu_says_so(gpu: bool, reason: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     core = types.SimpleNamespace(gpu="gpu", Device=str, is_available=lambda device: gpu)
@@ -147,13 +174,8 @@ def test_mlx_without_a_gpu_says_so(gpu: bool, reason: str | None, monkeypatch: p
     package.__spec__ = importlib.util.spec_from_loader("mlx", None)
     monkeypatch.setitem(sys.modules, "mlx", package)
     monkeypatch.setitem(sys.modules, "mlx.core", core)
-    monkeypatch.delitem(sys.modules, "harness.backends.mlx", raising=False)
-    monkeypatch.delattr("harness.backends.mlx", raising=False)
-    try:
-        assert unavailable("mlx-gpu") == reason
-        assert unavailable("mlx-cpu") is None
-    finally:
-        sys.modules.pop("harness.backends.mlx", None)
+    assert unavailable("mlx-gpu") == reason
+    assert unavailable("mlx-cpu") is None
 
 
 def test_markers_follow_the_device() -> None:
@@ -170,7 +192,7 @@ def test_markers_follow_the_device() -> None:
 
 def test_a_backend_that_is_not_here_is_skipped_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    results = check_parity(read_ports(ROOT)[0], backends=["torch-cuda"], checks=["forward.*"])
+    results = check_parity(read_ports(ROOT)[0], backends=["torch-cuda"], checks=["forward.logits", "forward.blocks"])
     assert results
     assert {(result.status, result.reason) for result in results} == {("skipped", "there is no CUDA device")}
 
@@ -213,6 +235,24 @@ def test_mlx_keeps_shapes(shape: tuple[int, ...]) -> None:
     for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.bool):
         tensor = torch.ones(shape, dtype=dtype)
         assert torch.equal(mlx.to_tensor(mlx.to_array(tensor)), tensor), dtype
+
+
+@pytest.mark.mlx
+def test_an_array_is_handed_out_without_a_copy_and_in_with_one() -> None:
+    mx = pytest.importorskip("mlx.core", reason="MLX is not installed")
+    import numpy
+
+    from harness.backends import mlx
+
+    array = mx.arange(6).astype(mx.float32).reshape(2, 3)
+    tensor = mlx.to_tensor(array)
+    assert tensor.data_ptr() == numpy.asarray(array).ctypes.data
+    # What NumPy reads against the order of the memory is what torch cannot.
+    for other in (array.T, array[::-1], array[:, ::2]):
+        assert torch.equal(mlx.to_tensor(other), torch.tensor(other.tolist()))
+    inward = mlx.to_array(tensor)
+    tensor += 1
+    assert inward.tolist() == [[0, 1, 2], [3, 4, 5]]
 
 
 def test_options_know_every_backend_and_dtype() -> None:

@@ -198,7 +198,7 @@ def test_whatever_a_port_does_is_a_failed_result_with_one_line_and_a_case(
 def test_what_a_port_of_this_kind_has_and_this_one_lacks_is_named(tmp_path: Path, plain_port: PlainPort) -> None:
     (result,) = check_parity(plain_port(tmp_path), checks=["forward.inputs_embeds"], backends=["torch-cpu"])
     assert result.status == "failed"
-    assert result.reason.startswith("Port has no get_input_embeddings; a port is a transformers model")
+    assert result.reason.startswith("Port has no get_input_embeddings; a port has what models of its library have")
 
 
 @pytest.mark.parametrize(

@@ -212,14 +212,16 @@ def test_each_planted_bug_has_one_id_and_another_text() -> None:
 
 
 def test_every_killer_is_a_check_that_is_asked_of_the_port() -> None:
-    asked = [check.id for check in CATALOGUE if set(check.needs) <= FAMILY.features]
+    asked = [check.id for check in CATALOGUE if set(check.needs) <= {*FAMILY.features, FAMILY.framework}]
     for mutant in MUTANTS:
         for pattern in mutant.killers:
             assert fnmatch.filter(asked, pattern), f"{mutant.id}: {pattern}"
 
 
 def test_no_check_is_left_out_for_want_of_a_feature() -> None:
-    # nanoGPT has no experts, and its port is not called as its scripts call it; no class but one; no converter program.
-    # tests/nanomoe and tests/neobert look after the checks of those.
-    others = {"routing", "legacy_calls", "heads", "original_only", "tokenizer"}
-    assert {need for check in CATALOGUE for need in check.needs} - FAMILY.features == others
+    # nanoGPT has no experts, and its port is not called as its scripts call it; no class but one; no converter program;
+    # nothing goes in but tokens, and nothing comes out but logits; nobody has quantised it.
+    # tests/nanomoe, tests/neobert and tests/mlx_bert look after the checks of those.
+    others = {"routing", "legacy_calls", "heads", "original_only", "tokenizer", "further_inputs", "further_outputs"}
+    others |= {"quantisation"}
+    assert {need for check in CATALOGUE for need in check.needs} - {*FAMILY.features, FAMILY.framework} == others
