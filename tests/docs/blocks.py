@@ -27,9 +27,10 @@ WITHOUT_THIS_PROJECT = (
 
 @dataclass(frozen=True)
 class Block:
-    """A fenced block: its section, its language, its text, and the line of the document it starts in."""
+    """A fenced block: section, nearest heading, language, text, and the line of the document it starts in."""
 
     section: str
+    heading: str
     language: str
     text: str
     line: int
@@ -41,14 +42,26 @@ def blocks(document: Path) -> list[Block]:
     found = []
     for match in re.finditer(r"^```(.*)\n((?:.*\n)*?)```$", text, flags=re.MULTILINE):
         before = text[: match.start(2)]
-        sections = re.findall(r"^## (.*)$", before, flags=re.MULTILINE)
-        found.append(Block(sections[-1] if sections else "", match[1], match[2], before.count("\n")))
+        sections = ["", *re.findall(r"^## (.*)$", before, flags=re.MULTILINE)]
+        headings = ["", *re.findall(r"^###? (.*)$", before, flags=re.MULTILINE)]
+        found.append(Block(sections[-1], headings[-1], match[1], match[2], before.count("\n")))
     return found
 
 
 def texts(document: Path, language: str, *, section: str | None = None) -> list[str]:
     """The blocks of a language, in the whole document or below one heading of it."""
     return [block.text for block in blocks(document) if block.language == language and section in (None, block.section)]
+
+
+def rows(document: Path, head: str) -> list[list[str]]:
+    """The cells of each row of the table of a document that begins with these cells."""
+    table = document.read_text(encoding="utf-8").partition(f"\n| {head}")[2].partition("\n\n")[0]
+    return [[cell.strip() for cell in row.strip("|").split(" | ")] for row in table.splitlines()[2:]]
+
+
+def quoted(text: str) -> list[str]:
+    """What a text has between backticks."""
+    return re.findall(r"`([^`]+)`", text)
 
 
 def every_fence_is_of_a_block(document: Path) -> bool:
