@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[2]
 PORT = "nanogpt"
 
 Against = Callable[..., None]
+AgainstEach = Callable[..., dict[str, dict[str, float]]]
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -56,27 +57,57 @@ def shared() -> Iterator[Session]:
 
 
 @pytest.fixture
-def against(benchmark: Any) -> Against:
-    """`against(run, baseline, rounds=N)`: benchmarks `run`, taking turns with `baseline`, and notes their ratio.
+def against_each(benchmark: Any) -> AgainstEach:
+    """`against_each(run, {name: other}, rounds=N)`: benchmarks `run`, taking turns with all others; their ratios.
 
-    The ratio is the median over the rounds, of two runs next to each other, so that a change of the machine's load
-    meets both.
+    Of each other, by its name, the "seconds", a median, and the "ratio" of `run` to it. The ratio is the median over
+    the rounds, of two runs of one round, so that a change of the machine's load meets both.
     """
+
+    def compare(
+        run: Callable[[], Any], others: Mapping[str, Callable[[], Any]], *, rounds: int
+    ) -> dict[str, dict[str, float]]:
+        seconds: dict[str, list[float]] = {name: [] for name in others}
+
+        def first() -> None:
+            for name, other in others.items():
+                started = time.perf_counter()
+                other()
+                seconds[name].append(time.perf_counter() - started)
+
+        benchmark.pedantic(run, setup=first, rounds=rounds)
+        ours = benchmark.stats.stats.data
+        return {
+            name: {
+                "seconds": statistics.median(theirs),
+                "ratio": statistics.median(mine / other for mine, other in zip(ours, theirs, strict=True)),
+            }
+            for name, theirs in seconds.items()
+        }
+
+    return compare
+
+
+@pytest.fixture
+def against(benchmark: Any, against_each: AgainstEach) -> Against:
+    """`against(run, baseline, rounds=N)`: benchmarks `run`, taking turns with `baseline`, and notes their ratio."""
 
     def compare(run: Callable[[], Any], baseline: Callable[[], Any], *, rounds: int, warmup: int = 1) -> None:
         for _ in range(warmup):
             baseline()
             run()
-        seconds: list[float] = []
-
-        def first() -> None:
-            started = time.perf_counter()
-            baseline()
-            seconds.append(time.perf_counter() - started)
-
-        benchmark.pedantic(run, setup=first, rounds=rounds)
-        ratios = [ours / theirs for ours, theirs in zip(benchmark.stats.stats.data, seconds, strict=True)]
-        benchmark.extra_info["original_seconds"] = statistics.median(seconds)
-        benchmark.extra_info["ratio"] = statistics.median(ratios)
+        (measured,) = against_each(run, {"original": baseline}, rounds=rounds).values()
+        benchmark.extra_info.update(original_seconds=measured["seconds"], ratio=measured["ratio"])
 
     return compare
+
+
+@pytest.fixture
+def peak_mib() -> Callable[[int], float]:
+    """`peak_mib(pid)`: the most MiB that a process has held so far."""
+
+    def read(pid: int) -> float:
+        (line,) = [line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("VmHWM:")]
+        return int(line.split()[1]) / 1024
+
+    return read

@@ -11,7 +11,7 @@ from typing import Any
 
 CHECKS = "check, one case"
 PLANTED = "planted bugs"
-GROUPS = ("gate", "fresh process", "harness", "nanoGPT", "nanoMoE", "NeoBERT", "Hub", "Hub store")
+GROUPS = ("gate", "fresh process", "harness", "nanoGPT", "nanoMoE", "NeoBERT", "MLX BERT", "Hub", "Hub store")
 
 
 def main(file: str) -> None:
@@ -33,16 +33,19 @@ def beside(extra: dict[str, Any]) -> str:
     process = ""
     if "process_mib" in extra:
         process = f"{extra['process_mib']:.0f} MiB at most, {extra['process_over_file']:.2f} of the file"
+    if "others" in extra:
+        parts = [compared(one["ratio"], name, one["seconds"]) for name, one in extra["others"].items()]
+        return "; ".join([f"{extra['sentences_per_second']:.3g} sentences a second", *parts])
     if "ratio" in extra:
-        ratio = extra["ratio"]
-        times = f"{1 / ratio:.1f} times as fast as" if ratio < 0.5 else f"{ratio:.2f} of the time of"
         memory = f"; server {extra['server_mib']:.0f} MiB" if "server_mib" in extra else ""
         memory += f"; {process}" if process else ""
         memory += f"; {extra['encoded_per_second']:.0f} tokens a second" if "encoded_per_second" in extra else ""
         if "peak_mib" in extra:
             memory = f"; {extra['tokens_per_second']:.0f} tokens a second"
             memory += f"; {extra['peak_mib']:.0f} MiB against {extra['baseline_peak_mib']:.0f} MiB"
-        return f"{times} {extra.get('baseline', 'the original')}, {seconds(extra['original_seconds'])}{memory}"
+        if "baseline_process_mib" in extra:
+            memory += f", against {extra['baseline_process_mib']:.0f} MiB"
+        return compared(extra["ratio"], extra.get("baseline", "the original"), extra["original_seconds"]) + memory
     if "per_second" in extra:
         return f"{extra['per_second']:.0f} a second"
     if "harness_over_models" in extra:
@@ -52,6 +55,12 @@ def beside(extra: dict[str, Any]) -> str:
         sizes = ", ".join(f"{extra[key]:.0f}" for key in extra if key.startswith("mib_after_"))
         return f"MiB after {', '.join(key[10:] for key in extra if key.startswith('mib_after_'))}: {sizes}"
     return process
+
+
+def compared(ratio: float, name: str, other: float) -> str:
+    """How the time of what was measured relates to the time of another."""
+    times = f"{1 / ratio:.1f} times as fast as" if ratio < 0.5 else f"{ratio:.2f} of the time of"
+    return f"{times} {name}, {seconds(other)}"
 
 
 def checks(measured: Sequence[dict[str, Any]]) -> Iterator[str]:

@@ -119,12 +119,6 @@ def copy(directory: Path, place: Path) -> None:
         os.close(descriptor)
 
 
-def peak_mib(pid: int) -> float:
-    """The most that a process has held so far."""
-    (line,) = [line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("VmHWM:")]
-    return int(line.split()[1]) / 1024
-
-
 @pytest.mark.parametrize("layout", ["state_dict.pt", "model.safetensors"])
 def test_export_command(
     against: Callable[..., None], benchmark: Any, gigabyte: Gigabyte, places: Callable[[str], Path], layout: str
@@ -142,7 +136,12 @@ def test_export_command(
 
 @pytest.mark.parametrize("way", ["checked", "unchecked"])
 def test_export_in_process(
-    against: Callable[..., None], benchmark: Any, gigabyte: Gigabyte, places: Callable[[str], Path], way: str
+    against: Callable[..., None],
+    benchmark: Any,
+    gigabyte: Gigabyte,
+    places: Callable[[str], Path],
+    peak_mib: Callable[[int], float],
+    way: str,
 ) -> None:
     """What is left of the command without imports, and what of that without the comparison of the two models."""
     layout = "state_dict.pt"
