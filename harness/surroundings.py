@@ -10,6 +10,7 @@ import contextlib
 import importlib
 import inspect
 import random
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -152,21 +153,29 @@ def reseeded(run: Callable[[], object]) -> list[str]:
     import numpy as np
     import torch
 
-    states: dict[str, list[Any]] = {"torch": [], "random": [], "numpy": []}
+    mlx = sys.modules.get("mlx.core")  # whoever can seed it has imported it
+    states: dict[str, list[Any]] = {"torch": [], "random": [], "numpy": []} | ({"mlx": []} if mlx else {})
     python, numpy = random.getstate(), np.random.get_state()
+    key = mlx.random.state[0] if mlx else None
     try:
         with torch.random.fork_rng(devices=[]):
             for seed in SEEDS:
                 torch.manual_seed(seed)
                 random.seed(seed)
                 np.random.seed(seed)
+                if mlx:
+                    mlx.random.seed(seed)
                 run()
                 states["torch"].append(torch.get_rng_state().tolist())
                 states["random"].append(random.getstate())
                 states["numpy"].append(np.random.get_state()[1].tolist())  # type: ignore[index]
+                if mlx:
+                    states["mlx"].append(mlx.random.state[0].tolist())
     finally:
         random.setstate(python)
         np.random.set_state(numpy)
+        if mlx:
+            mlx.random.state[0] = key
     return [name for name, (first, second) in states.items() if first == second]
 
 

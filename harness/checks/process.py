@@ -33,7 +33,7 @@ def settings(trial: Trial, case: Case) -> dict[str, float]:
 
 
 def random_numbers(trial: Trial, case: Case) -> dict[str, float]:
-    """Neither loading the port nor running it sets the state of the random generators of torch, Python or numpy.
+    """Neither loading the port nor running it sets the state of the random generators of torch, Python, numpy or MLX.
 
     They may be drawn from. Would have caught: manual_seed(1337) of a training script left in a converter, after which
     every sample and every dropout mask of the program is the same.

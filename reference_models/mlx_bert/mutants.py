@@ -444,6 +444,13 @@ TRAINING: tuple[Mutant, ...] = (
         "values",
     ),
     in_core(
+        "seeded",
+        "loading seeds MLX's generator, so that every dropout mask of the program is the same",
+        "process.random_numbers",
+        RESOLVED,
+        "        mx.random.seed(0)\n" + RESOLVED,
+    ),
+    in_core(
         "values_asked_for",
         "ids are looked at while MLX compiles, which it does not allow",
         "backend.compiled",

@@ -83,6 +83,16 @@ def test_drawing_is_allowed_and_seeding_is_found(run: Callable[[], object], gene
     assert torch.equal(torch.get_rng_state(), before)
 
 
+@pytest.mark.mlx
+def test_seeding_mlx_is_found_and_its_state_comes_back() -> None:
+    mx = pytest.importorskip("mlx.core", reason="needs MLX: pip install 'parity-harness[mlx]'")
+    mx.random.seed(3)
+    before = mx.random.state[0].tolist()
+    assert reseeded(lambda: mx.random.seed(0)) == ["mlx"]
+    assert reseeded(lambda: mx.eval(mx.random.normal((2,)))) == []
+    assert mx.random.state[0].tolist() == before
+
+
 @pytest.mark.parametrize(
     ("source", "other", "reason"),
     [
