@@ -156,7 +156,7 @@ def reseeded(run: Callable[[], object]) -> list[str]:
     mlx = sys.modules.get("mlx.core")  # whoever can seed it has imported it
     states: dict[str, list[Any]] = {"torch": [], "random": [], "numpy": []} | ({"mlx": []} if mlx else {})
     python, numpy = random.getstate(), np.random.get_state()
-    key = mlx.random.state[0] if mlx else None
+    high, low = mlx.random.state[0].tolist() if mlx else (0, 0)
     try:
         with torch.random.fork_rng(devices=[]):
             for seed in SEEDS:
@@ -175,7 +175,7 @@ def reseeded(run: Callable[[], object]) -> list[str]:
         random.setstate(python)
         np.random.set_state(numpy)
         if mlx:
-            mlx.random.state[0] = key
+            mlx.random.seed(high << 32 | low)  # a seed's two halves are the state
     return [name for name, (first, second) in states.items() if first == second]
 
 
