@@ -12,8 +12,8 @@ from harness.errors import EXIT_HOLDS, DescriptionError
 from harness.families import family_names
 
 LOOKED_FOR = """\
-A port is recognised by a class that inherits from PreTrainedModel (or is a torch module built from one configuration),
-with a configuration class whose fields are those of an installed family: {families}.
+A port is recognised by a class that inherits from PreTrainedModel (or is a module of torch or MLX built from one
+configuration), with a configuration class whose fields are those of an installed family: {families}.
 
 To describe a port by hand, write this into pyproject.toml, or parity.toml:
 

@@ -73,7 +73,14 @@ def is_model(repository: Repository, cls: Definition) -> bool:
     if constructor is None:
         return is_hugging_face(repository, cls)
     names = parameters(constructor.node, required=True)
-    return len(names) == 1 and (method(repository, cls, "forward") is not None or is_hugging_face(repository, cls))
+    call = "__call__" if framework(cls) == "mlx" else "forward"
+    return len(names) == 1 and (method(repository, cls, call) is not None or is_hugging_face(repository, cls))
+
+
+def framework(model: Definition) -> str:
+    """What a model is written in, as families have it: `mlx` where its file imports that."""
+    packages = {module.partition(".")[0] for module, _ in model.source.imports.values()}
+    return "mlx" if "mlx" in packages else "transformers"
 
 
 def heads(repository: Repository) -> list[Definition]:

@@ -55,6 +55,8 @@ def match_families(
     text = " ".join([str(head.source.path), head.name, name] if head else [name]).lower()
     found = []
     for family in families.values():
+        if head is not None and findings.framework(head) != family.framework:
+            continue
         fields = fields_of(family)
         seen = findings.translated_fields(repository, name, fields)
         known, mapped, guessed = _matched(family, declared, seen)

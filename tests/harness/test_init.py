@@ -461,6 +461,27 @@ def test_two_families_that_fit_alike_are_left_to_the_user(
     assert described(here, "--family", "other_family")[0]["family"] == "other_family"
 
 
+BERT = (Path(__file__).parents[1] / "mlx_bert" / "plain_bert.py").read_text(encoding="utf-8")
+
+
+def test_a_module_of_mlx_is_a_port_of_a_family_on_mlx(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write({"bert.py": BERT})
+    assert main(["init", "--family", "mlx_bert", "--yes"]) == 0
+    (port,) = read_ports(here)
+    assert (port.family, port.model, port.config) == ("mlx_bert", "bert.py:Bert", "bert.py:Config")
+
+
+def test_families_of_another_framework_are_not_thought_of(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write({"bert.py": BERT})
+    assert main(["init"]) == 2
+    said = capsys.readouterr().out
+    assert "bert.py:Bert may be a port of mlx_bert or mlx_distilbert or mlx_roberta: say which with --family" in said
+    of_torch = BERT.replace("import mlx.nn as nn", "from torch import nn").replace("import mlx.core as mx", "import mx")
+    write({"bert.py": of_torch.replace("def __call__", "def forward")})
+    main(["init"])
+    assert "mlx_bert" not in capsys.readouterr().out.partition("recognised")[0]
+
+
 def test_a_family_of_the_repositorys_own_can_be_named(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write({"port.py": model(CONFIG)})
     assert main(["init", "--family", "nanogtp"]) == 2
