@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -13,7 +14,7 @@ from harness.cases import Case, large_cases
 from harness.checks.loss import at_least_two_tokens, original_targets, port_labels
 from harness.checks.masks import padded_batch
 from harness.errors import Mismatch, Skip
-from harness.families import first_position_of, has_relative_positions, longest_of, with_dropout
+from harness.families import first_position_of, has_relative_positions, longest_of, padding_of, with_dropout
 from harness.layout import layout_of
 from harness.ports import first_line
 from harness.routes import carry, logits_by
@@ -39,6 +40,9 @@ from harness.trial import (
 )
 
 SMALL_SCALE, LARGE_SCALE = 1e-3, 10.0
+
+OUTSIDE = 1_000_003
+"""A number of no row, in any table of token types."""
 
 
 def logits(trial: Trial, case: Case) -> dict[str, float]:
@@ -108,7 +112,7 @@ def outputs(trial: Trial, case: Case) -> dict[str, float]:
 def further_inputs(trial: Trial, case: Case) -> dict[str, float]:
     """What the original's forward takes beside tokens, such as token types, means the same to the port.
 
-    Would have caught: token types that are ignored, or added behind the norm.
+    Beside position_ids too. Would have caught: token types that are ignored, or added behind the norm.
     """
     fields, run = case.fields, trial.family.run_further
     assert run is not None  # the check needs further_inputs
@@ -122,13 +126,21 @@ def further_inputs(trial: Trial, case: Case) -> dict[str, float]:
         expected = run(pair.original, tokens, given)["logits"]
         baseline = lambda: run(original_model(trial, case, dtype=trial.dtype), tokens, given)["logits"]  # noqa: E731
         actual = port_logits(trial, pair.port, tokens, **given)
-        return require_semantics(trial, f"logits with {', '.join(given)}", actual, expected, baseline=baseline)
+        what = f"logits with {', '.join(given)}"
+        found = require_semantics(trial, what, actual, expected, baseline=baseline)
+        told = "learned_positions" in trial.family.features and takes(pair.port, "position_ids")
+        if not told or padding_of(trial.family, fields) is not None:
+            return found
+        positions = torch.arange(tokens.shape[1]).expand_as(tokens) + first_position_of(trial.family, fields)
+        beside = port_logits(trial, pair.port, tokens, position_ids=positions, **given)
+        return worst(found, require_semantics(trial, f"{what} beside position_ids", beside, actual))
 
 
 def outside_vocabulary(trial: Trial, case: Case) -> dict[str, float]:
     """A token id that the model has no row for, too large or negative, ends in an error.
 
-    Would have caught: a gather that does not look, which reads the memory behind its table.
+    So does such a number in a further input, such as token types, where the original refuses it. Would have caught: a
+    gather that does not look, which reads the memory behind its table.
     """
     pair = prepare(trial, case)
     for wrong in (case.fields[trial.family.vocabulary], -1):
@@ -140,7 +152,31 @@ def outside_vocabulary(trial: Trial, case: Case) -> dict[str, float]:
             continue
         rows = case.fields[trial.family.vocabulary]
         raise Mismatch(f"token id {wrong} is accepted by a model with {rows} rows; expected an error that names it")
+    for name, make in trial.family.further_inputs.items():
+        value = make(case.fields, pair.batch.tokens, case.seed)
+        if value is not None and not value.is_floating_point():
+            _refuses_outside(trial, pair, name, value)
     return {}
+
+
+def _refuses_outside(trial: Trial, pair: Pair, name: str, value: torch.Tensor) -> None:
+    """Raises Mismatch for a number of a further input that the original refuses and the port takes."""
+    run = trial.family.run_further
+    assert run is not None  # who has further inputs has what runs them
+    for wrong in (OUTSIDE, -1):
+        given = value.clone()
+        given[..., -1] = wrong
+        try:
+            run(pair.original, pair.batch.tokens, {name: given})
+        except (IndexError, ValueError, RuntimeError):
+            pass
+        else:
+            continue
+        try:
+            port_logits(trial, pair.port, pair.batch.tokens, **{name: given})
+        except (IndexError, ValueError, RuntimeError):
+            continue
+        raise Mismatch(f"{wrong} in {name} is accepted, which the original refuses; expected an error that names it")
 
 
 def lengths(trial: Trial, case: Case) -> dict[str, float]:
@@ -355,9 +391,10 @@ def inputs_embeds(trial: Trial, case: Case) -> dict[str, float]:
     """
     pair = prepare(trial, case)
     tokens = content_tokens(trial, case, pair.batch.tokens)
-    embedding = pair.port.get_input_embeddings()  # type: ignore[operator]
+    embeds = embedded(trial, pair.port, pair.original, tokens)
+    if embeds is None:
+        raise Skip("the port takes no inputs_embeds, or neither model shows a table (get_input_embeddings)")
     expected = port_logits(trial, pair.port, tokens)
-    embeds = embedding(tokens.to(embedding.weight.device)).detach()
     embeds.requires_grad_()
     actual = outputs_of(trial, call_port(trial, pair.port, None, inputs_embeds=embeds))["logits"]
     (gradient,) = torch.autograd.grad(actual.sum(), embeds, allow_unused=True) if actual.requires_grad else (None,)
@@ -371,13 +408,27 @@ def inputs_embeds(trial: Trial, case: Case) -> dict[str, float]:
     )
 
 
+def embedded(trial: Trial, port: Any, original: Any, tokens: torch.Tensor) -> torch.Tensor | None:
+    """The port's embeddings of tokens, in its dtype; by the original's table where its library has no such door.
+
+    None where there is nothing to ask: the port takes no `inputs_embeds`, or no table is shown.
+    """
+    shows = port if trial.family.framework == "transformers" else original
+    if shows is original and not (takes(port, "inputs_embeds") and hasattr(original, "get_input_embeddings")):
+        return None
+    table = shows.get_input_embeddings()
+    found: torch.Tensor = table(tokens.to(table.weight.device)).detach()
+    return found.to(next(port.parameters()).dtype)
+
+
 def _embeds_behind_padding(trial: Trial, case: Case, pair: Pair) -> dict[str, float]:
     if not (is_asked(trial, "masks", "masks.left_padding") and takes(pair.port, "attention_mask")):
         return {}
+    if padding_of(trial.family, case.fields) is not None:
+        return {}  # what tells padding by its id sees none here
     padded = padded_batch(trial, case, pair, "left")
     tokens = torch.where(padded.mask, content_tokens(trial, case, padded.tokens), padded.tokens)
-    embedding = pair.port.get_input_embeddings()  # type: ignore[operator]
-    embeds = embedding(tokens.to(embedding.weight.device)).detach()
+    embeds = embedded(trial, pair.port, pair.original, tokens)
     mask = padded.mask.long()
     expected = port_logits(trial, pair.port, tokens, attention_mask=mask)
     with torch.no_grad():

@@ -16,6 +16,7 @@ from harness.backends import frameworks, pytorch
 from harness.cases import Case
 from harness.cases.weights import sensitising_state
 from harness.checks.api import require_original_only_refused
+from harness.checks.forward import embedded
 from harness.errors import Mismatch, Skip
 from harness.families import Fields, Head
 from harness.narrowing import WORTH_A_LOOK
@@ -46,8 +47,8 @@ def logits(trial: Trial, case: Case) -> dict[str, float]:
     """Logits of each head equal the original's, without a mask and with one that leaves the end of rows out.
 
     Would have caught: a head on the mean of all tokens where the original takes the first, another activation, a bias
-    left out, a mask that the head does not pass on, or embeddings, positions, the wish for hidden states; keywords
-    that end at the head without a word.
+    left out, a mask that the head does not pass on, or embeddings, token types, positions, the wish for hidden states
+    or attentions; keywords that end at the head without a word.
     """
     tokens = draw(trial, case).tokens
     masks = {"": torch.ones(tokens.shape, dtype=torch.bool)}
@@ -68,7 +69,7 @@ def logits(trial: Trial, case: Case) -> dict[str, float]:
                 raise Mismatch(f"{head.port}: logits of shape {tuple(actual.shape)}, expected {tuple(expected.shape)}")
             compared = f"logits of {head.port}{_said(options)}{what}"
             numbers.append(_same(trial, port, tokens, compared, actual, expected))
-        numbers.append(_passes_on(trial, case, head, port, tokens))
+        numbers.append(_passes_on(trial, case, head, original, port, tokens))
         require_original_only_refused(trial, port, tokens)
     return worst(*numbers)
 
@@ -87,24 +88,31 @@ def _same(
         return {**require_semantics(softer, what, actual, expected), "float32_inside": 1.0}
 
 
-def _passes_on(trial: Trial, case: Case, head: Head, port: Any, tokens: torch.Tensor) -> dict[str, float]:
-    """Embeddings, positions and the wish for hidden states reach the model below a head, where it takes them."""
+def _passes_on(
+    trial: Trial, case: Case, head: Head, original: torch.nn.Module, port: Any, tokens: torch.Tensor
+) -> dict[str, float]:
+    """Every further input, and the wish for hidden states or attentions, reach the model below a head that takes it."""
     content = content_tokens(trial, case, tokens)
     expected = _call(trial, port, content).logits.cpu()
     numbers = []
-    if takes(port, "inputs_embeds") and hasattr(port, "get_input_embeddings"):
-        table = port.get_input_embeddings()
-        embeds = table(content.to(table.weight.device)).detach()
+    embeds = embedded(trial, port, original, content) if takes(port, "inputs_embeds") else None
+    if embeds is not None:
         actual = _call(trial, port, None, inputs_embeds=embeds).logits.cpu()
         numbers.append(_same(trial, port, content, f"logits of {head.port} from inputs_embeds", actual, expected))
-    if takes(port, "position_ids") and tokens.shape[1] > 1:
-        backwards = torch.arange(tokens.shape[1]).flip(0).expand_as(tokens)
-        if torch.equal(_call(trial, port, content, position_ids=backwards).logits.cpu(), expected):
-            raise Mismatch(f"{head.port}: position_ids change nothing; expected that the model below is given them")
-    if takes(port, "output_hidden_states"):
-        output = _call(trial, port, tokens, output_hidden_states=True)
-        if not getattr(output, "hidden_states", None):
-            raise Mismatch(f"{head.port}: output_hidden_states=True gives no hidden_states")
+    given = {name: make(case.fields, content, case.seed) for name, make in trial.family.further_inputs.items()}
+    if tokens.shape[1] > 1:
+        given["position_ids"] = torch.arange(tokens.shape[1]).flip(0).expand_as(tokens)
+    for name, value in given.items():
+        if value is None or not bool(value.any()) or not takes(port, name):
+            continue  # zeros are what is there without it
+        if torch.equal(_call(trial, port, content, **{name: value}).logits.cpu(), expected):
+            raise Mismatch(f"{head.port}: {name} change nothing; expected that the model below is given them")
+    wishes = {"output_hidden_states": "hidden_states"}
+    if "attentions" in trial.family.features:
+        wishes["output_attentions"] = "attentions"
+    for wish, name in wishes.items():
+        if takes(port, wish) and not getattr(_call(trial, port, tokens, **{wish: True}), name, None):
+            raise Mismatch(f"{head.port}: {wish}=True gives no {name}")
     return worst(*numbers)
 
 
@@ -113,7 +121,7 @@ def loss(trial: Trial, case: Case) -> dict[str, float]:
 
     One after the other on one model: what kind of labels there were must not stay behind. Would have caught: a kind of
     problem that is written into the configuration by the first batch, classes scored by a mean squared error, also
-    where labels alone say what they are; the number of items that Trainer gives left aside.
+    where labels alone say what they are; the number of items that Trainer gives left aside; a loss without a gradient.
     """
     tokens = draw(trial, case).tokens
     numbers = []
@@ -137,10 +145,24 @@ def loss(trial: Trial, case: Case) -> dict[str, float]:
             whole, half = (_call(trial, port, tokens, labels=labels, num_items_in_batch=n).loss.cpu() for n in (3, 6))
             what = f"loss of {head.port}{_said(options)} for twice as many items in the batch"
             numbers.append(require_semantics(trial, what, 2 * half, whole))
+        _require_gradient(trial, head, port, tokens, labels)
         plain = _call(trial, port, tokens, labels=labels, return_dict=False)
         if not isinstance(plain, tuple) or plain[0].ndim or not torch.equal(plain[1], output.logits):
             raise Mismatch(f"{head.port} with return_dict=False: the first two entries are not loss and logits")
     return worst(*numbers)
+
+
+def _require_gradient(trial: Trial, head: Head, port: Any, tokens: torch.Tensor, labels: torch.Tensor) -> None:
+    """Raises Mismatch when the loss of a head changes with none of the model's weights, so that it trains nothing."""
+    port.zero_grad()
+    device = pytorch.device_of(trial.backend)
+    output = port(input_ids=tokens.to(device), labels=labels.to(device))
+    found = output["loss"] if isinstance(output, dict) else output.loss
+    if found.requires_grad:
+        found.backward()
+    if not any(p.grad is not None and bool(p.grad.any()) for p in port.parameters()):
+        raise Mismatch(f"{head.port}: no gradient of the loss reaches a weight")
+    port.zero_grad()
 
 
 def saved(trial: Trial, case: Case) -> dict[str, float]:

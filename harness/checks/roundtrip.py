@@ -77,11 +77,14 @@ def options(trial: Trial, case: Case) -> dict[str, float]:
     model from the file's configuration alone, so that fine-tuning with dropout=0.1 has none.
     """
     model: Any = carry(trial, case, original_model(trial, case, dtype="float32"))
-    model.config.auto_map = {**(getattr(model.config, "auto_map", None) or {}), "AutoTokenizer": ["tokenizer.T", None]}
+    of_library = trial.family.framework == "transformers"
+    if of_library:
+        auto_map = getattr(model.config, "auto_map", None) or {}
+        model.config.auto_map = {**auto_map, "AutoTokenizer": ["tokenizer.T", None]}
     directory = trial.workdir / "saved"
     model.save_pretrained(directory)
     saved = json.loads((directory / "config.json").read_text())
-    if "AutoTokenizer" not in saved.get("auto_map", {}):
+    if of_library and "AutoTokenizer" not in saved.get("auto_map", {}):
         raise Mismatch("save_pretrained drops the tokenizer from the configuration's auto_map")
     given: dict[str, Any] = {port_field(trial, type(model.config), name): DROPOUT for name in dropouts_of(trial.family)}
     if hasattr(model.config, "use_cache"):
@@ -148,6 +151,10 @@ def dtype(trial: Trial, case: Case) -> dict[str, float]:
         for name, tensor in load_file(file).items():
             if tensor.is_floating_point() and tensor.dtype not in held:
                 raise Mismatch(f"{name} is {tensor.dtype} in {file.name}, saved from a model in {trial.dtype}")
+    written = json.loads((directory / "config.json").read_text())
+    claimed = written.get("dtype", written.get("torch_dtype"))
+    if claimed is not None and f"torch.{claimed}" not in map(str, held):
+        raise Mismatch(f"config.json says {claimed}, saved from a model in {trial.dtype}")
     loaded = load(trial, directory, dtype="auto")
     what = 'after save_pretrained and from_pretrained(dtype="auto")'
     return _same_state(loaded, _widened(before, like=loaded), what)
@@ -168,7 +175,8 @@ def _widened(model: torch.nn.Module, *, like: torch.nn.Module) -> torch.nn.Modul
 def incomplete(trial: Trial, case: Case) -> dict[str, float]:
     """A saved model whose file lacks tensors is not loaded without a word: the loading names each, or fails.
 
-    Would have caught: `_keys_to_ignore_on_load_missing` that covers weights, which then start at random in silence.
+    Would have caught: `_keys_to_ignore_on_load_missing` that covers weights, which then start at random in silence; a
+    pooler that is made anew where the file has none.
     """
     directory = save(trial, case, original_model(trial, case, dtype="float32"))
     (file,) = directory.glob("*.safetensors")
@@ -177,15 +185,19 @@ def incomplete(trial: Trial, case: Case) -> dict[str, float]:
         name.rpartition(".")[0].rpartition(".")[2] for group in tied_of(trial.family, case.fields) for name in group
     }
     kept = {name: tensor for name, tensor in tensors.items() if name.rpartition(".")[0].rpartition(".")[2] in tied}
-    save_file(kept, file, metadata={"format": "pt"})
     cls: Any = port_class(trial)
-    try:
-        _, information = cls.from_pretrained(directory, output_loading_info=True)
-    except Exception:  # a refusal says it louder still
-        return {}
-    silent = sorted(tensors.keys() - kept.keys() - set(information["missing_keys"]))
-    if silent:
-        raise Mismatch(f"a saved model without {silent[0]} is loaded without a word of it")
+    # All of it, and each part: a pooler may be left out in silence where all weights may not.
+    parts = sorted({name.partition(".")[0] for name in tensors.keys() - kept.keys()})
+    for absent in (parts, *([part] for part in parts)):
+        rest = {key: tensor for key, tensor in tensors.items() if key in kept or key.partition(".")[0] not in absent}
+        save_file(rest, file, metadata={"format": "pt"})
+        try:
+            _, information = cls.from_pretrained(directory, output_loading_info=True)
+        except Exception:  # a refusal says it louder still
+            continue
+        silent = sorted(tensors.keys() - rest.keys() - set(information.get("missing_keys", ())))
+        if silent:
+            raise Mismatch(f"a saved model without {silent[0]} is loaded without a word of it")
     # Half of what each module has: what is drawn for the other half must leave it alone.
     for suffix in (".weight", ".bias"):
         half = {name: tensor for name, tensor in tensors.items() if not name.endswith(suffix)}
@@ -244,7 +256,8 @@ def write_bin(directory: Path, model: torch.nn.Module) -> None:
 def fixed_point(trial: Trial, case: Case) -> dict[str, float]:
     """Saving what was loaded writes the same files again: tensors, configuration, code.
 
-    Would have caught: a field added at every save, a tensor stored under another name the second time.
+    Would have caught: a field added at every save, a tensor stored under another name the second time; the names of a
+    classifier's labels, which the model has no use for, lost in the second file.
     """
     first = save(trial, case, original_model(trial, case, dtype="float32"))
     second = trial.workdir / "again"
@@ -255,6 +268,15 @@ def fixed_point(trial: Trial, case: Case) -> dict[str, float]:
     for name in sorted(names[0]):
         if (first / name).read_bytes() != (second / name).read_bytes():
             raise Mismatch(f"{name} is not the same after load and save")
+    if not trial.family.heads:
+        return {"files": float(len(names[0]))}
+    config = json.loads((first / "config.json").read_text())
+    named = {"id2label": {"0": "no", "1": "perhaps", "2": "yes"}, "label2id": {"no": 0, "perhaps": 1, "yes": 2}}
+    (first / "config.json").write_text(json.dumps({**config, **named}))
+    load(trial, first).save_pretrained(second)  # type: ignore[operator]
+    config = json.loads((second / "config.json").read_text())
+    if lost := [name for name, value in named.items() if config.get(name) != value]:
+        raise Mismatch(f"{lost[0]} of a config.json is not the same after load and save")
     return {"files": float(len(names[0]))}
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from safetensors.torch import load_file, save_file
 
 from harness.backends import pytorch
 from harness.cases import Case, large_cases
@@ -523,7 +524,7 @@ def damaged(trial: Trial, case: Case) -> dict[str, float]:
         raise Skip(f"the port declares no converter: its load is {trial.port.load!r}")
     names = {name for name, _ in original.named_parameters()}
     if not _tensors(_contents(weights_in(trial, plain)), names):
-        raise Skip("the file is not one that torch.load reads, with the original's tensors under their names")
+        raise Skip("the file is not one of torch's or of safetensors, with the original's tensors under their names")
     damages = {name: spoil for name, spoil in _DAMAGES.items() if name != "missing file" or plain.is_dir()}
     tried = list(_affordable(trial, case, damages))
     for _, spoil in tried:
@@ -711,6 +712,8 @@ def _original_reads(trial: Trial, path: Path) -> bool:
 
 def _contents(path: Path) -> Any:
     try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception:  # another format
         return None
@@ -733,7 +736,11 @@ def _rewritten(
     assert tensors is not None  # the caller made sure
     edit(tensors)
     path = _copy(plain, "rewritten")
-    torch.save(contents, weights_in(trial, path))
+    file = weights_in(trial, path)
+    if file.suffix == ".safetensors":  # a pickle of that name would be refused whatever is in it
+        save_file(contents, file, metadata={"format": "pt"})
+    else:
+        torch.save(contents, file)
     return path
 
 

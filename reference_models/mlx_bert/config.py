@@ -344,7 +344,7 @@ def read(directory: Path) -> BertConfig:
         return from_dict(json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file; a model's directory has a {CONFIG_FILE}") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise ConfigError(f"{path}: cannot be read as JSON: {error}") from None
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None

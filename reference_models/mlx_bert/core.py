@@ -74,10 +74,16 @@ class BertCore(nn.Module):
     Args:
         config: the hyperparameters.
         add_pooling_layer: whether there is a pooler. A masked language model and a token classifier have none.
+
+    Raises:
+        TypeError: the configuration is no BertConfig.
     """
 
     def __init__(self, config: BertConfig, *, add_pooling_layer: bool = True) -> None:
         super().__init__()
+        if not isinstance(config, BertConfig):
+            made = "expected a BertConfig, which BertConfig.from_dict makes"
+            raise TypeError(f"config is of type {type(config).__name__}: {made}")
         # Quantisation puts another in its place.
         self.config = config
         self.embeddings = _Embeddings(config)
@@ -175,6 +181,7 @@ class BertCore(nn.Module):
         Raises:
             ConfigError, HubError, WeightsError: the configuration, the download or the weights are at fault.
             TypeError: an override is no field of the configuration.
+            ValueError: no model computes in that dtype.
         """
         directory = hub.resolve(id_or_path, revision=revision, cache_dir=cache_dir, token=token)
         config = configs.override(config_of(directory, default_config=default_config), config_overrides)
@@ -203,7 +210,9 @@ class BertCore(nn.Module):
 
         Raises:
             WeightsError: the weights are not those of the configuration.
+            ValueError: no model computes in that dtype.
         """
+        check_dtype(dtype, config)
         model = cls(config, add_pooling_layer=add_pooling_layer)
         if checkpoint is not None:
             load(model, checkpoint, strict=strict, random_init=random_init)
@@ -601,6 +610,20 @@ def raise_first(faults: list[tuple[mx.array, str]]) -> None:
     for (_, message), fault in zip(faults, found, strict=True):
         if fault:
             raise ValueError(message)
+
+
+def check_dtype(dtype: Any, config: BertConfig) -> None:
+    """Refuses a dtype that no model of this configuration computes in; None is none.
+
+    Raises:
+        ValueError: it is no float dtype of MLX, or float64 for quantised weights.
+    """
+    if dtype is None:
+        return
+    if not isinstance(dtype, mx.Dtype) or not mx.issubdtype(dtype, mx.floating):
+        raise ValueError(f"dtype is {dtype!r}: expected mlx.core.float32, float16, bfloat16 or float64")
+    if dtype == mx.float64 and config.quantization is not None:
+        raise ValueError("dtype is float64, and MLX computes nothing quantised in it: expected another float dtype")
 
 
 def config_of(directory: Path, *, default_config: bool) -> BertConfig:

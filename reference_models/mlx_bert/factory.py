@@ -13,7 +13,7 @@ import mlx.core as mx
 from . import config as configs
 from . import heads, hub, weights, with_head
 from .config import BertConfig
-from .core import BertCore, checkpoint_of, config_of, load
+from .core import BertCore, check_dtype, checkpoint_of, config_of, load
 from .heads import HeadConfig, nearest
 from .with_head import BertWithHead
 
@@ -86,13 +86,18 @@ def create_model(
         dtype: of the parameters; float32 for a new model without it.
 
     Raises:
-        ValueError: another model type; no place, or more than one; something for loading where nothing is loaded.
+        ValueError: another model type; no place, or more than one; something for loading where nothing is loaded; a
+            dtype that no model computes in.
         TypeError: an unknown argument, with the nearest that there is; one for a head, where there is none.
         ConfigError, HubError, WeightsError: as `from_pretrained` of the model raises them.
     """
     _refuse_unknown(unknown)
     if model_type not in MODEL_TYPES:
-        more = "; create_from_registry takes this name" if model_type in REGISTRY else nearest(model_type, MODEL_TYPES)
+        more = (
+            "; create_from_registry takes this name"
+            if model_type in REGISTRY
+            else nearest(str(model_type), MODEL_TYPES)
+        )
         raise ValueError(f"model type {model_type!r} is unknown{more}")
     head: dict[str, Any] = {"head_type": head_type, "head_config": head_config, "num_labels": num_labels}
     loading: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir, "token": token, "strict": strict}
@@ -106,7 +111,9 @@ def create_model(
     model: BertCore | BertWithHead
     if config is not None:
         _refuse_loading(loading)
-        model = _new(config if isinstance(config, BertConfig) else BertConfig.from_dict(config), model_type, head)
+        config = config if isinstance(config, BertConfig) else BertConfig.from_dict(config)
+        check_dtype(dtype, config)
+        model = _new(config, model_type, head)
         if dtype is not None:
             model.set_dtype(dtype)
     else:

@@ -49,8 +49,8 @@ def resolve(
 
     Raises:
         NotFoundError: neither a path that is there nor a Hub id.
-        HubError: the repository, its revision or its files are not there or may not be read, or the Hub cannot be
-            reached and the cache does not have them.
+        HubError: a path that is no directory; the repository, its revision or its files are not there or may not be
+            read, or the Hub cannot be reached and the cache does not have them.
         ImportError: a Hub id, and huggingface_hub is not installed.
         ValueError: two revisions, an empty one, or one for a path.
     """
@@ -72,6 +72,8 @@ def _local(name: str, revision: str | None) -> Path:
         raise NotFoundError(f"{name!r} is {fault}: {_FORM}, and a path has to exist")
     if revision is not None:
         raise ValueError(f"{name!r} is a path here and has no revision {revision!r}; expected revision=None with it")
+    if not os.path.isdir(name):
+        raise HubError(f"{name!r} is a file; expected the directory that a model's files lie in")
     return Path(name)
 
 

@@ -147,6 +147,8 @@ def _checked(config: HeadConfig, logits: mx.array, labels: Any) -> mx.array:
         message = f"labels are not all in 0 to {config.output_size - 1}, or {IGNORED} to ignore one"
         raise_first([(outside.any(), message)])
         return labels
+    if mx.issubdtype(labels.dtype, mx.complexfloating):
+        raise ValueError(f"labels have dtype {labels.dtype}: a {kind} head expects real numbers")
     values = labels.reshape(shape).astype(_wide(logits).dtype)
     if kind in ("binary_classification", "multilabel_classification"):
         # Put so that NaN is refused too.

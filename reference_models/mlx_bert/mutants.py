@@ -199,6 +199,28 @@ EMBEDDINGS: tuple[Mutant, ...] = (
         "            pass\n",
     ),
     in_core(
+        "types_unchecked",
+        "token types that are too large or negative are read from behind the table",
+        "forward.outside_vocabulary",
+        '            faults.append(_outside("token_type_ids", token_type_ids, config.type_vocab_size, "type_vocab_size"))\n',
+        "            pass\n",
+    ),
+    in_core(
+        "types_lost_beside_positions",
+        "token types are left aside where position_ids are given",
+        "forward.further_inputs",
+        "        training = self.training if training is None else training\n",
+        "        token_type_ids = token_type_ids if position_ids is None else None\n"
+        "        training = self.training if training is None else training\n",
+    ),
+    in_core(
+        "embeddings_without_types",
+        "inputs_embeds get no token types",
+        "forward.inputs_embeds",
+        "            hidden = hidden + self.token_type_embeddings(types)\n",
+        "            hidden = hidden if input_ids is None else hidden + self.token_type_embeddings(types)\n",
+    ),
+    in_core(
         "positions_wrap",
         "a text that is too long begins again at the first position",
         "forward.beyond_maximum",
@@ -333,6 +355,43 @@ FILES: tuple[Mutant, ...] = (
         "weights.dialects",
         '{"gamma": "weight", "beta": "bias"}',
         '{"gamma": "bias", "beta": "weight"}',
+    ),
+    in_core(
+        "pooler_made_anew",
+        "a file without a pooler gives a model with a random one",
+        "roundtrip.incomplete",
+        "    elif missing and not random_init and all(",
+        '    elif missing and all(name.startswith("pooler.") for name in missing):\n'
+        "        missing = ()\n"
+        "    elif missing and not random_init and all(",
+    ),
+    in_weights(
+        "shape_unchecked",
+        "a tensor of another shape is taken as it is",
+        "weights.damaged",
+        "        if entry.shape != shape:\n",
+        "        if False:\n",
+    ),
+    in_core(
+        "overrides_ignored",
+        "fields that from_pretrained is given are left aside",
+        "roundtrip.options",
+        "config_of(directory, default_config=default_config), config_overrides)",
+        "config_of(directory, default_config=default_config), {})",
+    ),
+    in_core(
+        "old_dtype_written",
+        "config.json of a model that was cast says the dtype that it was loaded in",
+        "roundtrip.dtype",
+        'dtype if key in ("dtype", "torch_dtype") else value',
+        "value",
+    ),
+    in_config(
+        "labels_lost",
+        "keys of config.json that the model has no use for are not written again",
+        "roundtrip.fixed_point",
+        "    return values | copy.deepcopy(dict(config.extra))\n",
+        "    return values\n",
     ),
     in_core(
         "strictness_swallowed",
@@ -560,6 +619,20 @@ HEADS: tuple[Mutant, ...] = (
         "            token_type_ids,\n            position_ids,\n            inputs_embeds",
         "            token_type_ids,\n            None,\n            inputs_embeds",
     ),
+    in_with_head(
+        "head_without_types",
+        "token types end at the head",
+        "heads.logits",
+        "            attention_mask,\n            token_type_ids,\n",
+        "            attention_mask,\n            None,\n",
+    ),
+    in_with_head(
+        "head_without_attentions",
+        "output_attentions ends at the head",
+        "heads.logits",
+        "            output_attentions=output_attentions,\n            training",
+        "            training",
+    ),
     in_task_heads(
         "problem_type_ignored",
         "what kind of problem it is is guessed from the number of labels",
@@ -573,6 +646,13 @@ HEADS: tuple[Mutant, ...] = (
         "heads.loss",
         "    number = mx.maximum(counted.sum(), 1).astype(values.dtype)\n",
         "    number = values.size\n",
+    ),
+    in_losses(
+        "loss_detached",
+        "the loss of classes has no gradient",
+        "heads.loss",
+        "    return _mean(-likely * _focus(likely, focal_gamma), counted)\n",
+        "    return mx.stop_gradient(_mean(-likely * _focus(likely, focal_gamma), counted))\n",
     ),
     in_losses(
         "absolute_error",
@@ -674,6 +754,13 @@ OF_DISTILBERT: tuple[Mutant, ...] = (
 )
 
 OF_ROBERTA: tuple[Mutant, ...] = (
+    in_core(
+        "roberta_embeddings_from_0",
+        "positions of inputs_embeds begin at 0",
+        "forward.inputs_embeds",
+        '    if config.model_type != "roberta" or input_ids is None:\n',
+        '    if input_ids is None:\n        return mx.arange(tokens)[None]\n    if config.model_type != "roberta":\n',
+    ),
     in_core(
         "roberta_positions_from_0",
         "RoBERTa's positions begin at 0, as BERT's do",

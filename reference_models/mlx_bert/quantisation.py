@@ -47,12 +47,14 @@ def quantize(model: Any, *, bits: int = 4, group_size: int = 64) -> Any:
     model: an mlx.nn.Module with float32, float16 or bfloat16 weights.
 
     Raises ValueError for bits or a group size that is not supported, a model that is quantised already, weights in
-    float64, and a model no layer of which can be quantised.
+    float64, and a model no layer of which can be quantised; TypeError for what is no model.
     """
     import mlx.core as mx
     import mlx.nn as nn
 
     chosen = settings({"bits": bits, "group_size": group_size})
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is of type {type(model).__name__}; expected an mlx.nn.Module")
     layers = dict(model.named_modules())
     if any("scales" in layer for layer in layers.values()):
         raise ValueError("the model is quantised already; quantise the one that it was made from")

@@ -16,7 +16,7 @@ from mlx.utils import tree_flatten
 from . import config as configs
 from . import heads, hub, losses, quantisation, task_heads, weights
 from .config import BertConfig, ConfigError
-from .core import BertCore, checkpoint_of, config_of, load
+from .core import BertCore, check_dtype, checkpoint_of, config_of, load
 from .heads import HeadConfig
 from .weights import Checkpoint, WeightsError
 
@@ -33,6 +33,7 @@ class BertWithHead(nn.Module):
 
     Raises:
         ValueError: the head reads another width than the body gives, or a pooler output where there is none.
+        TypeError: the body is no BertCore, or the head no HeadConfig.
     """
 
     def __init__(self, bert: BertCore, head: HeadConfig) -> None:
@@ -178,6 +179,7 @@ class BertWithHead(nn.Module):
             ConfigError, HubError, WeightsError: the configuration, the download or the weights are at fault; also a
                 head of the type asked for with another number of labels.
             TypeError: an override is no field of the configuration.
+            ValueError: no model computes in that dtype.
         """
         directory = hub.resolve(id_or_path, revision=revision, cache_dir=cache_dir, token=token)
         config = configs.override(config_of(directory, default_config=default_config), config_overrides)
@@ -209,8 +211,9 @@ class BertWithHead(nn.Module):
         """The model of what `core.checkpoint_of` read; the arguments are those of `from_pretrained`.
 
         Raises:
-            ConfigError, WeightsError: as `from_pretrained` raises them.
+            ConfigError, WeightsError, ValueError: as `from_pretrained` raises them.
         """
+        check_dtype(dtype, config)
         there = _head_of(checkpoint, config)
         wanted = _wanted(checkpoint, config, there, head_type, head_config, num_labels, random_init=random_init)
         bert = BertCore(config, add_pooling_layer=_needs_pooler(config, wanted, checkpoint))
@@ -287,6 +290,9 @@ def agreed(head: HeadConfig, head_type: str | None, num_labels: int | None) -> H
 
 
 def _check_fit(bert: BertCore, head: HeadConfig) -> None:
+    for name, value, expected in (("bert", bert, BertCore), ("head", head, HeadConfig)):
+        if not isinstance(value, expected):
+            raise TypeError(f"{name} is of type {type(value).__name__}: expected a {expected.__name__}")
     config = bert.config
     width, source = config.hidden_size, "hidden_size"
     if head.pooling == "pooler":

@@ -506,6 +506,12 @@ def test_a_batch_that_mlx_would_read_garbage_for_is_refused_in_one_line(given: d
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("config", [None, {"hidden_size": 32}, "bert-base-uncased"])
+def test_what_is_no_configuration_is_told_what_makes_one(config: Any) -> None:
+    with pytest.raises(TypeError, match=f"config is of type {type(config).__name__}: .* BertConfig.from_dict makes"):
+        BertCore(config)
+
+
 def test_distilbert_has_no_token_types() -> None:
     core = core_of(torch_model("distilbert", num_hidden_layers=1))
     with pytest.raises(ValueError, match="DistilBERT has no token types"):

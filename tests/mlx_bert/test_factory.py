@@ -315,6 +315,16 @@ def test_a_checkpoint_in_parts_is_taken_only_by_name(lost: str, saved: Path) -> 
         ),
         (lambda: create_model("bert_core", config=CONFIG, num_labels=2), TypeError, "a bert_core has no head"),
         (
+            lambda: create_model(None, config=CONFIG),
+            ValueError,
+            "model type None is unknown: expected one of bert_core",
+        ),
+        (
+            lambda: create_model("bert_core", config=CONFIG, dtype="float16"),
+            ValueError,
+            "dtype is 'float16': expected mlx.core.float32",
+        ),
+        (
             lambda: create_model(config=CONFIG, head_type="regresion"),
             ConfigError,
             "head_type='regresion' is unknown: did you mean 'regression'",

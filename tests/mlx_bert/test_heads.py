@@ -418,6 +418,7 @@ def test_quantised_weights_stay_frozen_and_the_rest_trains() -> None:
         ("multiclass_classification", [0, 1, 2], "labels are of type list: expected an mlx.core.array"),
         ("binary_classification", mx.array([0, 1, 2]), "labels of a binary_classification head are not all in 0 to 1"),
         ("binary_classification", mx.array([0, 1, math.nan]), "not all in 0 to 1"),
+        ("regression", mx.array([0, 1j, 1]), "labels have dtype .*complex64: a regression head expects real numbers"),
         ("multilabel_classification", mx.array([0, 1, 1]), r"labels have shape \(3,\): .* expects \(3, 4\)"),
         ("regression", mx.array([0.0, math.inf, 1.0]), "labels of a regression head are not all finite"),
         ("regression", mx.zeros((3, 2)), r"labels have shape \(3, 2\): a regression head expects \(3,\) or \(3, 1\)"),
@@ -430,6 +431,15 @@ def test_quantised_weights_stay_frozen_and_the_rest_trains() -> None:
 def test_labels_that_are_none_of_the_head(head_type: str, labels: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         model_of(head_type)(IDS, MASK, labels=labels)
+
+
+def test_what_is_no_body_or_no_head_is_told_so() -> None:
+    model = model_of("regression")
+    with pytest.raises(TypeError, match="bert is of type str: expected a BertCore"):
+        BertWithHead("bert-base-uncased", model.head_config)
+    for head in ("regression", model.head_config.to_dict(), None):
+        with pytest.raises(TypeError, match=f"head is of type {type(head).__name__}: expected a HeadConfig"):
+            BertWithHead(model.bert, head)
 
 
 def test_the_body_still_says_what_is_wrong_with_a_batch() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from mlx.utils import tree_flatten  # noqa: E402
 from reference_models.mlx_bert import hub  # noqa: E402
 from reference_models.mlx_bert.config import ConfigError  # noqa: E402
 from reference_models.mlx_bert.core import BertCore, _is_hub_model_id  # noqa: E402
-from reference_models.mlx_bert.hub import NotFoundError  # noqa: E402
+from reference_models.mlx_bert.hub import HubError, NotFoundError  # noqa: E402
+from reference_models.mlx_bert.quantisation import quantize  # noqa: E402
 from reference_models.mlx_bert.weights import WeightsError  # noqa: E402
 from reference_models.mlx_bert.with_head import BertWithHead  # noqa: E402
 from tests.mlx_bert.oracle import MODEL_TYPES, core_of, relative, to_mlx, torch_model  # noqa: E402
@@ -80,6 +82,35 @@ def test_overrides_and_dtype(saved: Path) -> None:
         BertCore.from_pretrained(saved, hidden_dropout=0.5)
     with pytest.raises(WeightsError, match="shape"):
         BertCore.from_pretrained(saved, hidden_size=64)
+
+
+@pytest.mark.parametrize("dtype", ["float16", torch.float16, mx.int32, mx.bool_, mx.complex64])
+def test_a_dtype_that_no_model_computes_in_is_refused(saved: Path, dtype: Any) -> None:
+    for load in (BertCore.from_pretrained, partial(BertWithHead.from_pretrained, head_type="regression")):
+        with pytest.raises(ValueError, match=r"dtype is .*: expected mlx.core.float32, float16") as caught:
+            load(saved, dtype=dtype)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_quantised_model_is_not_cast_to_float64(saved: Path, tmp_path: Path) -> None:
+    quantize(BertCore.from_pretrained(saved), bits=4, group_size=32).save_pretrained(tmp_path / "quantised")
+    with pytest.raises(ValueError, match="dtype is float64, and MLX computes nothing quantised in it"):
+        BertCore.from_pretrained(tmp_path / "quantised", dtype=mx.float64)
+
+
+@pytest.mark.parametrize("cls", [BertCore, BertWithHead])
+def test_a_file_in_place_of_the_directory_is_told_so(cls: Any, saved: Path) -> None:
+    for name in ("config.json", "model.safetensors"):
+        for options in ({}, {"random_init": True, "default_config": True}):
+            with pytest.raises(HubError, match=f"{name}' is a file; expected the directory"):
+                cls.from_pretrained(saved / name, **options)
+
+
+def test_a_configuration_that_is_nested_too_deeply_is_told_so(saved: Path) -> None:
+    (saved / "config.json").write_text("[" * 100_000)
+    with pytest.raises(ConfigError, match="cannot be read as JSON") as caught:
+        BertCore.from_pretrained(saved)
+    assert "\n" not in str(caught.value)
 
 
 def test_the_file_may_go_once_the_model_is_there(saved: Path) -> None:
@@ -163,8 +194,6 @@ def test_a_good_directory_warns_of_nothing(saved: Path) -> None:
 
 
 def test_a_quantised_model_comes_back(saved: Path, tmp_path: Path) -> None:
-    from reference_models.mlx_bert.quantisation import quantize
-
     core = quantize(BertCore.from_pretrained(saved), bits=8, group_size=32)
     core.save_pretrained(tmp_path / "again")
     again = BertCore.from_pretrained(tmp_path / "again")

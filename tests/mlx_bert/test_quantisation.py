@@ -138,5 +138,8 @@ def test_a_model_that_cannot_be_quantised_is_refused() -> None:
         quantize(quantize(model_of(0)))
     with pytest.raises(ValueError, match="no layer has rows of a multiple of group_size 128"):
         quantize(model_of(0), group_size=128)
+    for other in (None, "model", Config()):
+        with pytest.raises(TypeError, match=f"model is of type {type(other).__name__}; expected an mlx.nn.Module"):
+            quantize(other)
     with mx.stream(mx.cpu), pytest.raises(ValueError, match="the weights are float64, which MLX"):
         quantize(model_of(0, mx.float64))
