@@ -6,7 +6,8 @@
 
 A server, forked from the process of the run, imports the frameworks and forks a child that runs foreign code within its
 limits and answers with JSON. The child of a port goes on to the next check as long as all is well; the first that fails
-takes it along. Where a process cannot be forked safely, the questions are answered in the process of the run.
+takes it along. Where a process cannot be forked safely, the questions are answered in the process of the run: on
+systems other than Linux, on a device, and on MLX where the run has computed with it before.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import signal
 import socket
 import sys
 import tempfile
+import threading
 import time
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -91,6 +93,7 @@ class Gate:
         self._looked_at: set[tuple[str, Path]] = set()
         self._here = contextlib.ExitStack()
         self._shared: Session | None = None
+        self._mlx_is_lost = False
 
     def run(self, item: Item, options: Options) -> Result:
         """What becomes of an item. Never raises for what a port or a check does."""
@@ -142,7 +145,9 @@ class Gate:
     ) -> dict[str, Any]:
         """The answer as `value`, or as `ended` how the process that should have given it ended."""
         started = time.perf_counter()
-        if not can_fork(backend):
+        if backend.startswith("mlx-") and self._channel is None and can_fork(backend):
+            self._start()
+        if not can_fork(backend) or (backend.startswith("mlx-") and self._mlx_is_lost):
             value = QUESTIONS[question](self._session_here(), as_values(values))
             return {"value": value, "seconds": time.perf_counter() - started}
         if self._channel is not None and families.registered() != self._families:
@@ -191,6 +196,7 @@ class Gate:
     def _start(self) -> None:
         ours, theirs = socket.socketpair()
         self._families = families.registered()
+        self._mlx_is_lost = mlx_has_threads()
         parent = os.getpid()
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(AttributeError, OSError, ValueError):  # none, or a closed one
@@ -221,6 +227,13 @@ def can_fork(backend: str) -> bool:
     """Whether a check on a backend can have a process of its own, forked from one that has everything imported."""
     # A fork loses what the libraries of other systems hold, and what those of a device do.
     return sys.platform == "linux" and backend.endswith("-cpu")
+
+
+def mlx_has_threads() -> bool:
+    """Whether MLX may have begun to compute in this process: a fork loses its threads, and then waits for them."""
+    if "mlx.core" not in sys.modules or sys.platform != "linux":
+        return False
+    return len(os.listdir("/proc/self/task")) > threading.active_count()
 
 
 def seconds_for(options: Options, *, ran_out: int) -> float:

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("mlx.core", reason="needs MLX: pip install 'parity-harness[mlx]'")
+mx = pytest.importorskip("mlx.core", reason="needs MLX: pip install 'parity-harness[mlx]'")
 
-from harness import check_parity
-from harness.ports import Port, read_ports
+from harness import check_parity  # noqa: E402
+from harness.ports import Port, read_ports  # noqa: E402
 
 pytestmark = pytest.mark.mlx
 
@@ -67,3 +67,10 @@ def test_a_bug_in_it_is_noticed(frameworks: None, port: Port, find: str, replace
 def test_what_has_no_save_pretrained_is_told_so(frameworks: None, port: Port) -> None:
     results = check_parity(dataclasses.replace(port, lacks={}), checks=["roundtrip.pretrained"], backends=["mlx-cpu"])
     assert [result.reason.partition(";")[0] for result in results] == ["Bert has no save_pretrained"]
+
+
+def test_a_process_that_has_computed_with_mlx_gates_a_port_too(frameworks: None, port: Port) -> None:
+    # A fork of it would wait for threads that only it has.
+    mx.eval(mx.ones((2,)) + 1)
+    (result,) = check_parity(port, checks=["forward.deterministic"], backends=["mlx-cpu"])
+    assert (result.status, result.reason) == ("passed", "")
