@@ -145,6 +145,7 @@ class Head:
     port_key: (original's state-dict key) -> the port's key.
     write: (original with the head, fields, directory) writes the files from which the port's class then loads itself by
         from_pretrained. None: it is built, and given the original's numbers by `port_key`.
+    dropout: fields that set a dropout probability of the head alone, beside the family's.
     """
 
     name: str
@@ -158,6 +159,7 @@ class Head:
     loss: Callable[[torch.Tensor, torch.Tensor, Fields], torch.Tensor]
     port_key: Callable[[str], str] = str
     write: Callable[[torch.nn.Module, Fields, Path], None] | None = None
+    dropout: Sequence[str] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -240,6 +240,7 @@ CATALOGUE: tuple[Check, ...] = (
     Check(id="process.random_numbers", needs=("logits",), examples=1),
     Check(id="heads.logits", needs=("heads",), examples=6),
     Check(id="heads.loss", needs=("heads",), examples=3),
+    Check(id="heads.dropout", needs=("heads", "dropout"), examples=2),
     Check(id="heads.saved", needs=("heads",), examples=2),
     Check(id="api.original_only", needs=("original_only",), examples=1),
     Check(id="api.output_type", needs=("transformers", "logits"), examples=3),

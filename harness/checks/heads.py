@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import tempfile
 import types
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ from harness.cases.weights import sensitising_state
 from harness.checks.api import require_original_only_refused
 from harness.checks.forward import embedded
 from harness.errors import Mismatch, Skip
-from harness.families import Fields, Head
+from harness.families import Fields, Head, dropouts_of
 from harness.narrowing import WORTH_A_LOOK
 from harness.numerics import FLOAT32_INSIDE_BOUND, require_close
 from harness.ports import beside
@@ -41,6 +42,10 @@ from harness.trial import (
 
 if TYPE_CHECKING:
     from harness.sandbox import Answer
+
+PROBABILITY, DRAWS = 0.3, 3000
+SPREAD = 1.25
+"""How far from each other two variances of that many draws may be; a head in evaluation, or a dropout less, is more."""
 
 
 def logits(trial: Trial, case: Case) -> dict[str, float]:
@@ -163,6 +168,37 @@ def _require_gradient(trial: Trial, head: Head, port: Any, tokens: torch.Tensor,
     if not any(p.grad is not None and bool(p.grad.any()) for p in port.parameters()):
         raise Mismatch(f"{head.port}: no gradient of the loss reaches a weight")
     port.zero_grad()
+
+
+def dropout(trial: Trial, case: Case) -> dict[str, float]:
+    """In training mode the logits of each head spread as the original's do, by each dropout of the model and the head.
+
+    Would have caught: a head that stays in evaluation, one that leaves the model below it there, a probability of the
+    head that is not read.
+    """
+    tokens = draw(trial, dataclasses.replace(case, rows=1)).tokens.expand(DRAWS, -1)
+    ratios = [1.0]
+    for head in trial.family.heads:
+        options = head.options[0]  # what the labels are does not matter here
+        for name in (*dropouts_of(trial.family), *head.dropout):
+            fields = {**case.fields, name: PROBABILITY}
+            original, port = _pair(trial, dataclasses.replace(case, fields=fields), head, options)
+            torch.manual_seed(case.seed)
+            with torch.no_grad():
+                expected = head.run_original(original.train(), tokens, torch.ones(tokens.shape, dtype=torch.bool))
+            actual = _call(trial, port.train(), tokens).logits.cpu()
+            theirs, ours = (float(value.double().var(dim=0).mean()) for value in (expected, actual))
+            rounding = 1e-20 * float(expected.double().square().mean())
+            if max(theirs, ours) <= rounding:
+                continue  # this head is without it
+            ratios.append(ours / theirs if theirs > rounding else float("inf"))
+            if not 1 / SPREAD < ratios[-1] < SPREAD:
+                raise Mismatch(
+                    f"{head.port}{_said(options)} with {name}={PROBABILITY} in training: the logits' variance is"
+                    f" {ratios[-1]:.3g} times the original's",
+                    metrics={"spread_ratio": ratios[-1]},
+                )
+    return {"spread_ratio": max(ratios, key=lambda ratio: abs(math.log(ratio)))}
 
 
 def saved(trial: Trial, case: Case) -> dict[str, float]:

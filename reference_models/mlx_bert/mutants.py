@@ -647,6 +647,20 @@ HEADS: tuple[Mutant, ...] = (
         "    number = mx.maximum(counted.sum(), 1).astype(values.dtype)\n",
         "    number = values.size\n",
     ),
+    in_with_head(
+        "head_never_trains",
+        "the dropout of a head is never active",
+        "heads.dropout",
+        "self.bert.embeddings.word_embeddings, training=training)",
+        "self.bert.embeddings.word_embeddings, training=False)",
+    ),
+    in_task_heads(
+        "classifier_dropout_ignored",
+        "a head has the dropout of the model, whatever its own is to be",
+        "heads.dropout",
+        "config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout",
+        "config.hidden_dropout_prob",
+    ),
     in_losses(
         "loss_detached",
         "the loss of classes has no gradient",
@@ -754,6 +768,13 @@ OF_DISTILBERT: tuple[Mutant, ...] = (
 )
 
 OF_ROBERTA: tuple[Mutant, ...] = (
+    in_task_heads(
+        "one_dropout_in_the_head",
+        "RoBERTa's head has no dropout behind its dense layer",
+        "heads.dropout",
+        '"use_layer_norm": False, "dropout": dropout}',
+        '"use_layer_norm": False, "dropout": 0.0}',
+    ),
     in_core(
         "roberta_embeddings_from_0",
         "positions of inputs_embeds begin at 0",

@@ -523,6 +523,13 @@ HEADS: tuple[Mutant, ...] = (
         '        reduction = "sum"\n        loss = measure',
     ),
     in_model(
+        "head_dropout_once",
+        "the classifier drops nothing in front of its last layer",
+        "heads.dropout",
+        "        logits = self.classifier(self.dropout(pooled))\n",
+        "        logits = self.classifier(pooled)\n",
+    ),
+    in_model(
         "head_not_found",
         "the classifier is not named in the auto_map of what is saved",
         "heads.saved",
