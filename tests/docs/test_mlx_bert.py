@@ -136,7 +136,7 @@ def followed(hub: HubServer, written: list[Block], place: Path) -> list[dict[str
 def read(hub: HubServer, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
     """What the first block below each heading did; and the directory it was done in."""
     place = tmp_path_factory.mktemp("reader")
-    written = blocks(DOCUMENT)
+    written = [block for block in blocks(DOCUMENT) if block.language == "python"]
     said: dict[str, Any] = {}
     for block, found in zip(written, followed(hub, written, place), strict=True):
         said.setdefault(block.heading, found)
