@@ -25,3 +25,14 @@ def frameworks() -> None:
     from harness.isolation import import_all
 
     import_all()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _own_families() -> Iterator[None]:
+    """Families that a file's tests register are gone after it: `parity init` compares with all that there are."""
+    from harness import families
+
+    before = dict(families._registered)
+    yield
+    families._registered.clear()
+    families._registered.update(before)

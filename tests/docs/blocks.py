@@ -71,15 +71,18 @@ def every_fence_is_of_a_block(document: Path) -> bool:
 
 
 def dead_links(document: Path) -> list[str]:
-    """The links of a document that lead to no file beside it and to no heading in it."""
-    text = document.read_text(encoding="utf-8")
-    headings = {
-        re.sub(r"[^a-z0-9 _-]", "", heading.lower()).replace(" ", "-")
-        for heading in re.findall(r"^#+ (.*)$", text, flags=re.MULTILINE)
-    }
-    links = re.findall(r"\]\((?!http)([^)#]*)#?([^)]*)\)", text)
-    files = [file for file, _ in links if file and not (document.parent / file).is_file()]
-    return files + [anchor for _, anchor in links if anchor and anchor not in headings]
+    """The links of a document that lead to no file beside it, or to no heading in it or in that file."""
+    links = re.findall(r"\]\((?!http)([^)#]*)#?([^)]*)\)", document.read_text(encoding="utf-8"))
+    files = {file: document.parent / file if file else document for file, _ in links}
+    dead = [file for file, path in files.items() if not path.is_file()]
+    there = [(files[file], anchor) for file, anchor in links if anchor and file not in dead]
+    return dead + [anchor for path, anchor in there if anchor not in _anchors(path)]
+
+
+def _anchors(document: Path) -> set[str]:
+    """What the headings of a document are linked by."""
+    headings = re.findall(r"^#+ (.*)$", document.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return {re.sub(r"[^a-z0-9 _-]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 @dataclass
