@@ -338,7 +338,7 @@ FILES: tuple[Mutant, ...] = (
     in_names(
         "norms_exchanged",
         "the norm behind attention and the one behind the feed-forward network are exchanged",
-        "weights.values forward.logits",
+        "forward.logits",
         '    "attention.output.LayerNorm",\n    "intermediate.dense",\n    "output.dense",\n    "output.LayerNorm",\n)\n_SHORT',
         '    "output.LayerNorm",\n    "intermediate.dense",\n    "output.dense",\n    "attention.output.LayerNorm",\n)\n_SHORT',
     ),
