@@ -424,8 +424,8 @@ def embedded(trial: Trial, port: Any, original: Any, tokens: torch.Tensor) -> to
 def _embeds_behind_padding(trial: Trial, case: Case, pair: Pair) -> dict[str, float]:
     if not (is_asked(trial, "masks", "masks.left_padding") and takes(pair.port, "attention_mask")):
         return {}
-    if padding_of(trial.family, case.fields) is not None:
-        return {}  # what tells padding by its id sees none here
+    if padding_of(trial.family, case.fields) is not None and not trial.family.positions_by_mask:
+        return {}  # what tells padding by its id alone sees none here
     padded = padded_batch(trial, case, pair, "left")
     tokens = torch.where(padded.mask, content_tokens(trial, case, padded.tokens), padded.tokens)
     embeds = embedded(trial, pair.port, pair.original, tokens)
