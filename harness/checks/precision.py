@@ -242,8 +242,8 @@ def quantised(trial: Trial, case: Case) -> dict[str, float]:
     assert settings is not None  # the check needs quantisation
     spec = beside(trial.port, "quantize")
     if spec is None:
-        place = trial.port.model.rpartition(":")[0]
-        raise Skip(f"there is no function quantize in {place} or another file that the port's `code` names")
+        file = trial.port.model.rpartition(":")[0]
+        raise Skip(f"there is no function quantize in {file} or another file that the port's `code` names")
     case = dataclasses.replace(case, fields={**case.fields, **settings.fields})
     numbers = []
     for options in settings.options:

@@ -14,6 +14,7 @@ import torch
 from harness.capture import capture_both
 from harness.cases import Case
 from harness.cases.batches import Padded
+from harness.checks.forward import embedded
 from harness.checks.loss import at_least_two_tokens, original_targets, port_labels, training_loss
 from harness.checks.masks import padded_batch
 from harness.checks.untouched import untouched
@@ -317,14 +318,14 @@ def _same_share_left_alone(trial: Trial, case: Case, pair: Pair, attention: str)
 
 def _same_with_embeddings(trial: Trial, case: Case, pair: Pair, tokens: torch.Tensor, expected: torch.Tensor) -> None:
     """Token embeddings instead of ids go through the same dropout, as the tuning of prompts needs."""
-    model: Any = pair.port
-    if not takes(model, "inputs_embeds") or not hasattr(model, "get_input_embeddings"):
+    if not takes(pair.port, "inputs_embeds"):
         return
-    embedding = model.get_input_embeddings()
-    embeds = embedding(tokens.to(embedding.weight.device)).detach()
+    embeds = embedded(trial, pair.port, pair.original, tokens)
+    if embeds is None:
+        return
     torch.manual_seed(case.seed)
     with torch.no_grad():
-        actual = outputs_of(trial, call_port(trial, model, None, inputs_embeds=embeds))["logits"]
+        actual = outputs_of(trial, call_port(trial, pair.port, None, inputs_embeds=embeds))["logits"]
     require_semantics(
         trial, "logits from inputs_embeds under dropout, with the seed of the same token ids", actual, expected
     )
