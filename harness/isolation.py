@@ -145,15 +145,14 @@ class Gate:
     ) -> dict[str, Any]:
         """The answer as `value`, or as `ended` how the process that should have given it ended."""
         started = time.perf_counter()
-        if backend.startswith("mlx-") and self._channel is None and can_fork(backend):
-            self._start()
+        if can_fork(backend):
+            if self._channel is not None and families.registered() != self._families:
+                self._stop()  # it was forked before they were registered
+            if self._channel is None:
+                self._start()
         if not can_fork(backend) or (backend.startswith("mlx-") and self._mlx_is_lost):
             value = QUESTIONS[question](self._session_here(), as_values(values))
             return {"value": value, "seconds": time.perf_counter() - started}
-        if self._channel is not None and families.registered() != self._families:
-            self._stop()  # it was forked before they were registered
-        if self._channel is None:
-            self._start()
         message = {"question": question, "values": as_values(values), "seconds": seconds}
         try:
             answer = self._converse(message, timeout=seconds + GRACE_SECONDS + PREPARE_SECONDS)
